@@ -1,0 +1,8 @@
+"""How models read very long sequences: mechanisms, models, tasks and training, in files short enough to read.
+
+Nothing is imported here, so that ``python -m longseq_tutorial.doctor`` runs even where torch does not. Take
+what you need from its own home: ``from longseq_tutorial.mechanisms import ema``,
+``from longseq_tutorial.models import build, record``, ``from longseq_tutorial.tasks import load``.
+"""
+
+__version__ = "0.1.0"

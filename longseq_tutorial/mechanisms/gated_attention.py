@@ -1,0 +1,413 @@
+"""Mega's single-head gated attention: one attention head, made strong by gates and by the averages it reads.
+
+Ordinary attention uses many heads; here a reset gate multiplies what a single head found, and an update gate decides,
+channel by channel, how much of it replaces the input. Queries and keys come from *one* shared narrow projection.
+Source: Ma et al., "Mega: Moving Average Equipped Gated Attention", ICLR 2023, section 3.
+
+Letters: B batch, L length, D channels, z width of queries and keys, v width of values. Queries, keys and values may
+have any leading axes: ``(..., L, z)`` and ``(..., L, v)``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = [
+    "FUNCTIONS",
+    "GatedAttention",
+    "RelativeBias",
+    "RotaryBias",
+    "attend",
+    "attend_slow",
+    "attention_weights",
+    "laplace",
+    "relu2",
+]
+
+# The mean and deviation of the Laplace function, with the digits of the published code. The exact values,
+# sqrt(1/2) and sqrt(1/(4 pi)), make its value and slope equal to those of relu squared at x = sqrt(1/2).
+LAPLACE_MEAN = 0.707107
+LAPLACE_STD = 0.282095
+
+FUNCTIONS = ("softmax", "laplace", "relu2")
+
+
+def laplace(x: Tensor) -> Tensor:
+    """The distribution function of a bell curve with mean 0.707107 and deviation 0.282095: between 0 and 1, any shape.
+
+    A bounded stand-in for squared ReLU. (The Mega paper prints sqrt(2) as the point where both meet; there relu2 is
+    already 2 and this at most 1. They meet at sqrt(1/2).)
+    """
+    return 0.5 * (1 + torch.erf((x - LAPLACE_MEAN) / (LAPLACE_STD * math.sqrt(2))))
+
+
+def relu2(x: Tensor) -> Tensor:
+    """``max(x, 0) ** 2``, any shape."""
+    return F.relu(x).square()
+
+
+# ---- attention: the slow form and the matrix form --------------------------------------------------------------
+
+
+def attend_slow(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    function: str = "softmax",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    on_weights: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Attention one query at a time, over the keys it may see. The reference for :func:`attend`; same arguments.
+
+    ``on_weights`` is applied to the matrix of weights, as in :func:`attend`.
+    """
+    _check(q, k, v, function, bias, mask)
+    length = q.shape[-2]
+    lead = q.shape[:-2]
+    rows = []
+    real = torch.ones(*lead, length, dtype=torch.bool, device=q.device) if mask is None else mask.expand(*lead, length)
+    for i in range(length):
+        visible = real.clone()
+        if causal:
+            visible[..., i + 1 :] = False
+        score = (q[..., i, None, :] * k).sum(-1)  # (..., L): query i against every key
+        offset = 0.0 if bias is None else bias[..., i, :]
+        if function == "softmax":
+            nothing = ~visible.any(-1, keepdim=True)  # only padding in sight: see attention_weights
+            seen = visible | (nothing & (torch.arange(length, device=q.device) <= (i if causal else length)))
+            power = torch.exp(score / math.sqrt(q.shape[-1]) + offset).masked_fill(~seen, 0.0)
+            row = power / power.sum(-1, keepdim=True)
+        else:
+            count = visible.sum(-1, keepdim=True).clamp(min=1)
+            squash = laplace if function == "laplace" else relu2
+            row = squash(score / count + offset).masked_fill(~visible, 0.0)
+        rows.append(row)
+    weights = torch.stack(rows, dim=-2)  # (..., L, L)
+    if on_weights is not None:
+        weights = on_weights(weights)
+    return torch.stack([(weights[..., i, :, None] * v).sum(-2) for i in range(length)], dim=-2)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    function: str = "softmax",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """How much each query reads from each key.
+
+    * softmax: ``softmax(q k^T / sqrt(z) + bias)`` over the visible keys.
+    * laplace, relu2: ``f(q k^T / count + bias)``, where count is the number of keys the query sees (at least 1); these
+      weights are *not* normalised. Hidden keys are set to 0 *after* the function, since ``laplace(0) > 0``.
+
+    Args:
+        q, k: ``(..., L, z)``.
+        function: "softmax", "laplace" or "relu2".
+        bias: ``(L, L)`` or anything that broadcasts to the scores, added after scaling; row = query, column = key.
+        mask: bool ``(..., L)``, True where the key is real.
+        causal: query i sees keys 0 .. i only.
+
+    Returns:
+        ``(..., L, L)`` in the dtype of q. Scores and softmax run in float32 or better. A query that would see nothing
+        but padding attends to the padding under softmax (weights have to sum to 1); only padding comes into that.
+    """
+    _check(q, k, None, function, bias, mask)
+    length = q.shape[-2]
+    scores = q @ k.transpose(-1, -2)  # (..., L, L)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if causal else None
+    visible = None if mask is None else mask.unsqueeze(-2)  # (..., 1, L)
+    if past is not None:
+        visible = past if visible is None else visible & past  # (..., L, L)
+
+    if function == "softmax":
+        wide = wide / math.sqrt(q.shape[-1])
+        wide = wide if bias is None else wide + bias
+        if visible is not None:
+            everything = ~visible.any(-1, keepdim=True)  # rows with nothing real in sight: drop the padding mask
+            visible = visible | (everything if past is None else everything & past)
+            wide = wide.masked_fill(~visible, -torch.inf)
+        return torch.softmax(wide, dim=-1).to(q.dtype)
+
+    if visible is None:
+        wide = wide / length
+    else:
+        wide = wide / visible.sum(-1, keepdim=True).clamp(min=1)
+    wide = wide if bias is None else wide + bias
+    weights = laplace(wide) if function == "laplace" else relu2(wide)
+    if visible is not None:
+        weights = weights.masked_fill(~visible, 0.0)
+    return weights.to(q.dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    function: str = "softmax",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    on_weights: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Full attention with matrix products: ``attention_weights(q, k) @ v``.
+
+    Args:
+        q, k, function, bias, mask, causal: see :func:`attention_weights`.
+        v: ``(..., L, v)``.
+        on_weights: applied to the weights before they meet the values: dropout, or somebody looking.
+
+    Returns:
+        ``(..., L, v)``.
+    """
+    _check(q, k, v, function, bias, mask)
+    weights = attention_weights(q, k, function=function, bias=bias, mask=mask, causal=causal)
+    return (weights if on_weights is None else on_weights(weights)) @ v
+
+
+# ---- positions -------------------------------------------------------------------------------------------------
+
+
+class RelativeBias(nn.Module):
+    """A learned number for every distance: ``bias[i, j] = table[(j - i) + P - 1]``, i the query, j the key.
+
+    Args:
+        max_positions: P; the table holds offsets -(P-1) .. P-1. Offsets beyond share the last value at their end.
+    """
+
+    def __init__(self, max_positions: int) -> None:
+        super().__init__()
+        if max_positions < 1:
+            raise ValueError(f"RelativeBias wanted max_positions >= 1; got {max_positions}.")
+        self.max_positions = max_positions
+        self.table = nn.Parameter(torch.empty(2 * max_positions - 1))
+        nn.init.normal_(self.table, std=0.02)
+
+    def forward(self, length: int) -> Tensor:
+        """The bias ``(length, length)``, row = query, column = key."""
+        table, reach = self._reaching(length)
+        start = reach - (length - 1)  # where offset -(length-1) stands
+        # Windows of the table, one step apart: window r holds offsets r-(length-1) .. r, the row of query length-1-r.
+        return table[start : start + 2 * length - 1].unfold(0, length, 1).flip(0)
+
+    def row(self, i: int) -> Tensor:
+        """Row i of the bias up to the diagonal, ``(i + 1,)``: what query i adds to keys 0 .. i."""
+        table, reach = self._reaching(i + 1)
+        return table[reach - i : reach + 1]
+
+    def _reaching(self, length: int) -> tuple[Tensor, int]:
+        """The table, its ends repeated if the sequence is longer, and the index of offset 0 in it."""
+        beyond = max(0, length - self.max_positions)
+        first, last = self.table[:1].expand(beyond), self.table[-1:].expand(beyond)
+        return torch.cat([first, self.table, last]), self.max_positions - 1 + beyond
+
+
+class RotaryBias(nn.Module):
+    """A bias from two learned vectors, turned by an angle that grows with the position: ``<R_i alpha, R_j beta>``.
+
+    It depends on ``j - i`` alone and has no largest length. It is a bias, added to the scores: unlike RoPE it leaves
+    queries and keys as they are. Pairs are (a, a + z/2), with angle ``position * 10000**(-a / (z/2))``. Source: Mega's
+    published code, used for its language models.
+
+    Args:
+        dim: z, even.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"RotaryBias wanted an even dim >= 2, since it turns pairs; got {dim}.")
+        self.alpha = nn.Parameter(torch.empty(dim))
+        self.beta = nn.Parameter(torch.empty(dim))
+        nn.init.normal_(self.alpha, std=0.02)
+        nn.init.normal_(self.beta, std=0.02)
+
+    def forward(self, length: int) -> Tensor:
+        """The bias ``(length, length)``."""
+        position = torch.arange(length, device=self.alpha.device)
+        return self._rotate(self.alpha, position) @ self._rotate(self.beta, position).T
+
+    def row(self, i: int) -> Tensor:
+        """Row i of the bias up to the diagonal, ``(i + 1,)``."""
+        position = torch.arange(i + 1, device=self.alpha.device)
+        return self._rotate(self.beta, position) @ self._rotate(self.alpha, position[-1:])[0]
+
+    @staticmethod
+    def _rotate(x: Tensor, position: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        pair = torch.arange(half, device=x.device, dtype=x.dtype)
+        angle = position.to(x.dtype).unsqueeze(-1) * 10000.0 ** (-pair / half)  # (positions, z/2)
+        cos, sin = angle.cos(), angle.sin()
+        first, second = x[:half], x[half:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)  # (positions, z)
+
+
+# ---- the unit ----------------------------------------------------------------------------------------------------
+
+
+class GatedAttention(nn.Module):
+    """The gated attention unit of Mega. With x the input and s a smoothed copy of it (Mega: its EMA)::
+
+        Z = silu(s W_z)      Q = Z * kappa_q + mu_q      K = Z * kappa_k + mu_k      V = silu(x W_v)
+        O = attention(Q, K, V)                              one head
+        H = silu(s W_h + (O * silu(s W_r)) U_h)             candidate: the reset gate picks from what attention found
+        Y = u * H + (1 - u) * residual,   u = sigmoid(s W_u)    update gate: how much of it to take
+
+    Args:
+        dim, z_dim, v_dim: D, width of queries and keys, width of values.
+        function: "softmax", "laplace" or "relu2".
+        bias: "simple" (:class:`RelativeBias`, holding ``max_positions``) or "rotary" (:class:`RotaryBias`).
+        max_positions: distances the simple bias can tell apart; with chunks, the chunk length.
+        causal: look at the past and the present only.
+        dropout, attention_dropout, hidden_dropout: on the candidate, on the weights, on the values.
+        attend: how to attend, :func:`attend` or a function with its arguments that sees less than everything, such as
+            chunk attention.
+        chunk: the length of the blocks ``attend`` keeps apart, or None; streaming needs to know it.
+
+    ``forward(x)`` alone is the unit without an EMA: ``smooth`` and ``residual`` default to x.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        z_dim: int,
+        v_dim: int,
+        *,
+        function: str = "softmax",
+        bias: str = "simple",
+        max_positions: int = 1024,
+        causal: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+        attend: Callable[..., Tensor] = attend,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        if min(dim, z_dim, v_dim) < 1:
+            raise ValueError(f"GatedAttention wanted positive widths; got dim={dim}, z_dim={z_dim}, v_dim={v_dim}.")
+        if function not in FUNCTIONS:
+            raise ValueError(f"function must be one of {', '.join(FUNCTIONS)}; got {function!r}.")
+        if bias not in ("simple", "rotary"):
+            raise ValueError(f"bias must be 'simple' or 'rotary'; got {bias!r}.")
+        self.dim, self.z_dim, self.v_dim = dim, z_dim, v_dim
+        self.function, self.causal, self.chunk, self.attend = function, causal, chunk, attend
+        self.v_proj = nn.Linear(dim, v_dim)
+        self.mx_proj = nn.Linear(dim, dim + z_dim + v_dim + dim)  # update gate, shared z, reset gate, candidate
+        self.h_proj = nn.Linear(v_dim, dim)
+        self.kappa = nn.Parameter(torch.empty(2, z_dim))  # row 0 makes the query from Z, row 1 the key
+        self.mu = nn.Parameter(torch.zeros(2, z_dim))
+        self.bias: RelativeBias | RotaryBias = RelativeBias(max_positions) if bias == "simple" else RotaryBias(z_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.attention_dropout = nn.Dropout(attention_dropout)
+        self.hidden_dropout = nn.Dropout(hidden_dropout)
+        # Windows for `record`: tensors pass through them unchanged.
+        self.weights, self.update_gate, self.reset_gate = nn.Identity(), nn.Identity(), nn.Identity()
+        for linear in (self.v_proj, self.mx_proj, self.h_proj):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.kappa, std=0.02)
+
+    def forward(
+        self, x: Tensor, smooth: Tensor | None = None, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """All ``(B, L, D)``, mask ``(B, L)`` bool with True = real; returns ``(B, L, D)``."""
+        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.dim:
+            raise ValueError(f"x must be (batch, length >= 1, dim) = (*, *, {self.dim}); got {tuple(x.shape)}.")
+        smooth = x if smooth is None else smooth
+        residual = x if residual is None else residual
+        update, q, k, reset, candidate = self._split(smooth)
+        v = self.hidden_dropout(F.silu(self.v_proj(x)))  # (B, L, v)
+        found = self.attend(
+            q,
+            k,
+            v,
+            function=self.function,
+            bias=self.bias(min(q.shape[1], self.chunk or q.shape[1])),
+            mask=mask,
+            causal=self.causal,
+            on_weights=self._on_weights,
+        )  # (B, L, v)
+        return self._mix(residual, update, reset, candidate, found)
+
+    def initial_state(self, batch: int) -> dict[str, Tensor]:
+        """Empty caches of keys ``(batch, 0, z)`` and values ``(batch, 0, v)``, and the position 0.
+
+        They grow by one a step: full attention has to remember everything. With chunks they are emptied at each border
+        and never hold more than a chunk.
+        """
+        if not self.causal:
+            raise ValueError("Attention that looks ahead cannot stream. Build it with causal=True.")
+        like = self.mu
+        return {"k": like.new_zeros(batch, 0, self.z_dim), "v": like.new_zeros(batch, 0, self.v_dim)}
+
+    def step(
+        self,
+        x_t: Tensor,
+        state: dict[str, Tensor],
+        smooth_t: Tensor | None = None,
+        residual_t: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One time step, all ``(B, D)``; equal to the parallel form. Returns ``y_t (B, D)`` and the new caches."""
+        smooth_t = x_t if smooth_t is None else smooth_t
+        residual_t = x_t if residual_t is None else residual_t
+        update, q, k, reset, candidate = self._split(smooth_t.unsqueeze(1))
+        v = self.hidden_dropout(F.silu(self.v_proj(x_t.unsqueeze(1))))
+        if self.chunk is not None and state["k"].shape[1] == self.chunk:  # a new chunk begins: forget the last
+            state = {name: cache[:, :0] for name, cache in state.items()}
+        keys = torch.cat([state["k"].to(k.dtype), k], dim=1)  # (B, seen, z)
+        values = torch.cat([state["v"].to(v.dtype), v], dim=1)
+        seen = keys.shape[1]
+        scores = q @ keys.transpose(1, 2)  # (B, 1, seen)
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        wide = wide / (math.sqrt(self.z_dim) if self.function == "softmax" else seen) + self.bias.row(seen - 1)
+        if self.function == "softmax":
+            weights = torch.softmax(wide, dim=-1)
+        else:
+            weights = laplace(wide) if self.function == "laplace" else relu2(wide)
+        found = self._on_weights(weights.to(v.dtype)) @ values  # (B, 1, v)
+        y = self._mix(residual_t.unsqueeze(1), update, reset, candidate, found)
+        return y.squeeze(1), {"k": keys, "v": values}
+
+    def _split(self, smooth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        widths = [self.dim, self.z_dim, self.v_dim, self.dim]
+        u, z, r, candidate = self.mx_proj(smooth).split(widths, dim=-1)
+        shared = F.silu(z)  # (B, L, z)
+        q, k = (shared * self.kappa[i] + self.mu[i] for i in (0, 1))
+        return self.update_gate(torch.sigmoid(u)), q, k, self.reset_gate(F.silu(r)), candidate
+
+    def _mix(self, residual: Tensor, update: Tensor, reset: Tensor, candidate: Tensor, found: Tensor) -> Tensor:
+        h = self.dropout(F.silu(candidate + self.h_proj(found * reset)))  # (B, L, D)
+        return residual + update * (h - residual)
+
+    def _on_weights(self, weights: Tensor) -> Tensor:
+        return self.attention_dropout(self.weights(weights))
+
+    def extra_repr(self) -> str:
+        return f"function={self.function!r}, causal={self.causal}, chunk={self.chunk}"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor | None, function: str, bias: Tensor | None, mask: Tensor | None) -> None:
+    if function not in FUNCTIONS:
+        raise ValueError(f"function must be one of {', '.join(FUNCTIONS)}; got {function!r}.")
+    if q.dim() < 2 or q.shape != k.shape or (v is not None and v.shape[:-1] != q.shape[:-1]):
+        got: Any = (tuple(q.shape), tuple(k.shape), None if v is None else tuple(v.shape))
+        raise ValueError(f"q and k must be (..., L, z) alike and v (..., L, v); got {got}.")
+    if bias is not None and bias.shape[-2:] != (q.shape[-2], q.shape[-2]):
+        raise ValueError(f"bias must end in (L, L) = {(q.shape[-2],) * 2}; got {tuple(bias.shape)}.")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != q.shape[:-1]):
+        raise ValueError(
+            f"mask must be bool (..., length) = {tuple(q.shape[:-1])}, True where the token is real; "
+            f"got {mask.dtype} {tuple(mask.shape)}. Pass mask.bool(), shaped like that."
+        )

@@ -1,0 +1,82 @@
+"""The systems of the course, one file each, all behind one door: :func:`build`."""
+
+from dataclasses import fields, replace
+from typing import Any, Protocol
+
+from torch import nn
+
+from .classifier import Classifier, Encoder, Head, PairClassifier
+from .configs import MegaConfig, TransformerConfig, published
+from .mega import MegaBlock
+from .parts import Norm, PatchEmbedding, SampleEmbedding, TokenEmbedding
+from .recorder import Tape, record
+from .transformer import SinusoidalPositions, TransformerBlock
+
+__all__ = ["NAMES", "Tape", "TaskLike", "build", "build_encoder", "record"]
+
+NAMES = ("mega", "mega-chunk", "transformer")
+
+
+class TaskLike(Protocol):
+    """What a model must know of a task; ``tasks.TaskConfig`` has it. See there for the meaning."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def pairs(self) -> bool: ...
+
+
+def build(name: str, task: TaskLike, **overrides: Any) -> nn.Module:
+    """Build a classifier for a task: ``(x (B, L), mask (B, L)) -> logits (B, classes)``.
+
+    Args:
+        name: "mega", "mega-chunk" or "transformer".
+        task: what is read and how many classes there are.
+        overrides: any field of the model's configuration, in place of the published value; e.g. ``layers=2``.
+
+    Raises:
+        ValueError: for an unknown model or field, or a contradiction between fields.
+    """
+    config = configure(name, task.name, **overrides)
+    encoder = _encoder(config, task)
+    head = Head((2 if task.pairs else 1) * config.dim, config.head_dim, task.classes, config.dropout)
+    return PairClassifier(encoder, head) if task.pairs else Classifier(encoder, head)
+
+
+def build_encoder(name: str, task: TaskLike, **overrides: Any) -> Encoder:
+    """The same without pooling and head: ``(x, mask) -> (hidden (B, L, D), mask)``; with ``causal=True`` it streams."""
+    return _encoder(configure(name, task.name, **overrides), task)
+
+
+def configure(name: str, task_name: str, **overrides: Any) -> MegaConfig | TransformerConfig:
+    """The configuration :func:`build` uses: the published one for the task with ``overrides`` put in."""
+    config = published(name, task_name)
+    known = [f.name for f in fields(config)]
+    for key in overrides:
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key!r}; wanted one of: {', '.join(known)}.")
+    if "patch" in overrides:
+        overrides["patch"] = tuple((int(k), int(s)) for k, s in overrides["patch"])
+    return replace(config, **overrides)
+
+
+def _encoder(config: MegaConfig | TransformerConfig, task: TaskLike) -> Encoder:
+    if task.kind == "tokens":
+        if config.patch:
+            raise ValueError("patches cut a signal; this task has tokens. Leave patch=().")
+        embedding: nn.Module = TokenEmbedding(task.vocabulary, config.dim)
+    elif config.patch:
+        embedding = PatchEmbedding(config.dim, config.patch)
+    else:
+        embedding = SampleEmbedding(config.dim)
+    if isinstance(config, MegaConfig):
+        final = Norm(config.norm, config.dim) if config.prenorm else None
+        return Encoder(embedding, [MegaBlock(config) for _ in range(config.layers)], final, config.dropout)
+    blocks = [SinusoidalPositions(), *(TransformerBlock(config) for _ in range(config.layers))]
+    return Encoder(embedding, blocks, Norm("layernorm", config.dim), config.dropout)
