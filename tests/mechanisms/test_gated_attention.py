@@ -1,0 +1,219 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longseq_tutorial.mechanisms.gated_attention import (
+    FUNCTIONS,
+    GatedAttention,
+    RelativeBias,
+    RotaryBias,
+    attend,
+    attend_slow,
+    attention_weights,
+    laplace,
+    relu2,
+)
+from tests import golden_numbers as golden
+
+
+def qkv(length, z=4, v=3, lead=(2,), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*lead, length, w, dtype=torch.float64, generator=g) for w in (z, z, v)]
+
+
+# ---- functions -------------------------------------------------------------------------------------------------
+
+
+def test_authors_functions_and_slopes():
+    arrays = golden.load("mega_attention_functions")
+    for name, function in (("laplace", laplace), ("relu2", relu2)):
+        x = torch.from_numpy(arrays["x"]).requires_grad_()
+        y = function(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        np.testing.assert_allclose(y.detach().numpy(), arrays[name], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(slope.numpy(), arrays[f"{name}_grad"], rtol=0, atol=1e-12)
+
+
+def test_laplace_and_relu2_meet_at_sqrt_one_half_with_the_same_slope():
+    x = torch.tensor(math.sqrt(0.5), dtype=torch.float64, requires_grad=True)
+    for function, value in ((laplace, 0.5), (relu2, 0.5)):
+        y = function(x)
+        (slope,) = torch.autograd.grad(y, x)
+        assert abs(y.item() - value) < 1e-5
+        assert abs(slope.item() - math.sqrt(2)) < 1e-4
+
+
+# ---- slow form = matrix form -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 7, 13])
+@pytest.mark.parametrize("masked", [False, True])
+def test_loop_equals_matrices_with_gradients(function, causal, length, masked):
+    tensors = [*qkv(length), torch.randn(length, length, dtype=torch.float64)]
+    weight = torch.randn(2, length, 3, dtype=torch.float64)
+    mask = None
+    if masked:
+        mask = torch.ones(2, length, dtype=torch.bool)
+        mask[0, length // 2 :] = False
+        mask[1, : length // 3] = False
+    results = []
+    for form in (attend, attend_slow):
+        q, k, v, bias = inputs = [t.clone().requires_grad_() for t in tensors]
+        y = form(q, k, v, function=function, bias=bias, mask=mask, causal=causal)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("causal", [False, True])
+@settings(deadline=None, max_examples=15)
+@given(length=st.integers(1, 12), before=st.integers(0, 5), after=st.integers(0, 5), seed=st.integers(0, 999))
+def test_padding_never_changes_real_outputs(function, causal, length, before, after, seed):
+    q, k, v = qkv(length, seed=seed)
+    want = attend(q, k, v, function=function, causal=causal)
+    total = before + length + after
+    junk = [torch.full((2, total, t.shape[-1]), 1e3, dtype=torch.float64) for t in (q, k, v)]
+    for there, t in zip(junk, (q, k, v), strict=True):
+        there[:, before : before + length] = t
+    mask = torch.zeros(2, total, dtype=torch.bool)
+    mask[:, before : before + length] = True
+    got = attend(*junk, function=function, mask=mask, causal=causal)
+    torch.testing.assert_close(got[:, before : before + length], want)
+    assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_causal_means_the_future_does_not_matter(function):
+    q, k, v = qkv(9)
+    want = attend(q, k, v, function=function, causal=True)
+    k[:, 5:], v[:, 5:] = 50, -50
+    torch.testing.assert_close(attend(q, k, v, function=function, causal=True)[:, :5], want[:, :5])
+
+
+def test_softmax_rows_sum_to_one_and_laplace_rows_need_not():
+    q, k, _ = qkv(11)
+    torch.testing.assert_close(attention_weights(q, k).sum(-1), torch.ones(2, 11, dtype=torch.float64))
+    weights = attention_weights(q, k, function="laplace")
+    assert ((weights >= 0) & (weights <= 1)).all() and weights.sum(-1).std() > 0
+
+
+def test_hidden_keys_get_no_laplace_weight():
+    """laplace(0) = 0.006, so setting a hidden score to 0 before the function would leak; the mask comes after."""
+    q, k, _ = qkv(6)
+    mask = torch.tensor([[True] * 4 + [False] * 2] * 2)
+    assert attention_weights(q, k, function="laplace", mask=mask)[..., 4:].abs().max() == 0
+    assert laplace(torch.tensor(0.0)) > 0.005
+
+
+def test_laplace_divides_by_the_keys_a_query_sees():
+    q, k, _ = qkv(8)
+    mask = torch.tensor([[True] * 5 + [False] * 3] * 2)
+    want = laplace((q @ k.transpose(1, 2)) / 5)[..., :5]
+    torch.testing.assert_close(attention_weights(q, k, function="laplace", mask=mask)[..., :5], want)
+    rows = torch.arange(1, 9, dtype=torch.float64)[:, None]
+    want = laplace(q @ k.transpose(1, 2) / rows).tril()
+    torch.testing.assert_close(attention_weights(q, k, function="laplace", causal=True), want)
+
+
+def test_scores_are_float32_or_better_inside_half_precision():
+    q, k, v = (t.bfloat16() for t in qkv(64, z=16))
+    want = attend(q.double(), k.double(), v.double())
+    got = attend(q, k, v)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() / want.norm() < 1e-2
+
+
+# ---- positions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 9])
+def test_relative_bias_is_the_table_read_at_key_minus_query(length):
+    bias = RelativeBias(6).double()
+    full = bias(length)
+    for i in range(length):
+        for j in range(length):
+            assert full[i, j] == bias.table[max(-5, min(5, j - i)) + 5]
+        assert torch.equal(bias.row(i), full[i, : i + 1])
+
+
+def test_authors_relative_biases():
+    arrays = golden.load("mega_relative_position_bias")
+    bias = RelativeBias(10).double()
+    bias.table.data = torch.from_numpy(arrays["simple_param"])
+    for length in (10, 7, 1):
+        want = arrays[f"simple_bias_len{length}"]
+        np.testing.assert_allclose(bias(length).detach().numpy(), want, rtol=0, atol=1e-12)
+
+
+def test_authors_rotary_bias():
+    arrays = golden.load("mega_relative_position_bias")
+    bias = RotaryBias(8).double()
+    with torch.no_grad():
+        bias.alpha.copy_(torch.from_numpy(arrays["rotary_alpha"][0]))
+        bias.beta.copy_(torch.from_numpy(arrays["rotary_beta"][0]))
+    for length in (5, 12, 20):
+        want = arrays[f"rotary_bias_len{length}"]
+        np.testing.assert_allclose(bias(length).detach().numpy(), want, rtol=0, atol=1e-6)
+
+
+def test_rotary_bias_depends_on_the_distance_only_and_has_no_largest_length():
+    bias = RotaryBias(8).double()
+    full = bias(300)
+    torch.testing.assert_close(full[1:, 1:], full[:-1, :-1])
+    torch.testing.assert_close(bias.row(123), full[123, :124])
+
+
+# ---- the unit ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("bias", ["simple", "rotary"])
+@pytest.mark.parametrize("length", [1, 2, 11])
+def test_step_equals_parallel(function, bias, length):
+    unit = GatedAttention(5, 4, 6, function=function, bias=bias, max_positions=7, causal=True).double()
+    for p in unit.parameters():
+        torch.nn.init.normal_(p)
+    x, smooth, residual = torch.randn(3, 2, length, 5, dtype=torch.float64)
+    state, steps = unit.initial_state(2), []
+    for t in range(length):
+        y, state = unit.step(x[:, t], state, smooth[:, t], residual[:, t])
+        steps.append(y)
+    torch.testing.assert_close(torch.stack(steps, 1), unit(x, smooth, residual))
+
+
+def test_update_gate_open_and_shut():
+    unit = GatedAttention(4, 2, 6).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    with torch.no_grad():
+        unit.mx_proj.bias[:4] = -60.0  # shut: nothing of the candidate passes
+        torch.testing.assert_close(unit(x), x)
+        unit.mx_proj.bias[:4] = 60.0  # open: nothing of the input passes
+        assert (unit(x) - unit(x, residual=torch.zeros_like(x))).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: GatedAttention(4, 0, 4), "positive widths"),
+        (lambda: GatedAttention(4, 2, 4, function="sigmoid"), "softmax, laplace, relu2"),
+        (lambda: GatedAttention(4, 2, 4, bias="alibi"), "'simple' or 'rotary'"),
+        (lambda: GatedAttention(4, 3, 4, bias="rotary"), "even"),
+        (lambda: GatedAttention(4, 2, 4).initial_state(1), "causal=True"),
+        (lambda: GatedAttention(4, 2, 4)(torch.ones(1, 3, 5)), r"\(\*, \*, 4\)"),
+        (lambda: RelativeBias(0), ">= 1"),
+        (lambda: attend(torch.ones(1, 3, 2), torch.ones(1, 4, 2), torch.ones(1, 4, 2)), "alike"),
+        (lambda: attend(*[torch.ones(1, 3, 2)] * 3, bias=torch.ones(2, 2)), r"\(3, 3\)"),
+        (lambda: attend(*[torch.ones(1, 3, 2)] * 3, mask=torch.ones(1, 3)), "mask.bool"),
+        (lambda: attend_slow(*[torch.ones(1, 3, 2)] * 3, function="linear"), "softmax, laplace, relu2"),
+    ],
+)
+def test_wrong_input_is_refused_in_words(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
