@@ -43,7 +43,8 @@ def test_one_reshaped_call_equals_the_loop_over_blocks(function, causal, length,
     for m in (None, mask):
         got = chunk_attention(q, k, v, chunk, function=function, bias=bias, mask=m, causal=causal, attend=attend)
         want = chunk_by_chunk(q, k, v, chunk, function=function, bias=bias, mask=m, causal=causal)
-        torch.testing.assert_close(got, want)
+        real_ones = slice(None) if m is None else m  # what padding itself comes to is nobody's business
+        torch.testing.assert_close(got[real_ones], want[real_ones])
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -73,7 +73,7 @@ def test_padding_on_the_right_changes_nothing(name, options, task, amount):
 
 @pytest.mark.parametrize(("name", "options"), [v for v in VARIANTS if v[0] == "mega"])
 def test_padding_on_the_left_changes_nothing_without_chunks(name, options):
-    """With chunks it moves the borders, and without a mask-aware position the Transformer's sinusoids: pad right there."""
+    """With chunks it moves the borders, and it shifts the Transformer's sinusoids: pad on the right there."""
     model = randomised(build(name, TOKENS, **SMALL[name], **options))
     x = inputs(TOKENS)
     padded = torch.cat([torch.ones(3, 4, dtype=x.dtype), x], dim=1)
