@@ -46,7 +46,7 @@ class Norm(nn.Module):
             return self.norm(x)
         if mask is None or not self.training:
             return self.norm(x.flatten(0, -2)).view_as(x)
-        return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), self.norm(x[mask]))
+        return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), self.norm(x[mask]).to(x.dtype))
 
 
 class TokenEmbedding(nn.Module):

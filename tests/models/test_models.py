@@ -224,3 +224,21 @@ def test_patched_signals():
         got = model(x, mask)
         torch.testing.assert_close(got[1:2], model(x[1:2, :33]))
         torch.testing.assert_close(got[2:], model(x[2:, :8]))
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("task", [TOKENS, SAMPLES], ids=["tokens", "samples"])
+def test_bfloat16_autocast_stays_close_and_trains(name, options, task):
+    torch.manual_seed(0)
+    model = build(name, task, **SMALL[name], **options)
+    x = inputs(task).to(torch.long if task.kind == "tokens" else torch.float32)
+    mask = torch.arange(13).expand(3, 13) < torch.tensor([[13], [10], [4]])
+    model.eval()
+    want = model(x, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(x, mask)
+    assert (got - want).norm() / want.norm() < 3e-2
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x, mask).float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
