@@ -3,7 +3,8 @@
 PYTHON ?= python3
 PORT   ?= 8888
 # Where to take torch from first, where the default build is not the one wanted. On Linux without a GPU,
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu saves a download of some gigabytes.
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu saves a download of some gigabytes. What torch itself needs
+# comes from the usual place.
 TORCH_INDEX ?=
 # Stages for `make test`, all when empty: ruff format mypy tests notebooks
 ONLY ?=
@@ -28,10 +29,10 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1~\2/p' Makefile | awk -F'~' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 lab: $(STAMP) ## set up, then open JupyterLab on the course (PORT= chooses the port)
-	@echo "JupyterLab starts on http://127.0.0.1:$(PORT) -- open the address with the token below; Ctrl-C ends it."
+	@echo "JupyterLab starts. Open the address below, token included, if no browser does; Ctrl-C ends it."
 	@$(PY) -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) \
 		--LabApp.default_url=/lab$(if $(FIRST),/tree/$(FIRST)) \
-		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --log-level=WARN \
 		$(if $(filter command environment,$(origin PORT)),--ServerApp.port_retries=0) \
 		$(if $(filter 0,$(shell id -u)),--ServerApp.allow_root=True)
 
@@ -63,7 +64,7 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "$(PYTHON) cannot make environments: its venv module is missing. On Debian or Ubuntu: sudo apt install python3-venv"; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the course into .venv: a few minutes the first time, seconds from then on."
-	@$(if $(TORCH_INDEX),$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	@$(if $(TORCH_INDEX),$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
 	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[train,test]"
 	@$(PY) -m jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements >/dev/null 2>&1 || true
 	@echo "$(CURDIR)" > $@
