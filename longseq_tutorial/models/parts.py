@@ -3,7 +3,9 @@
 Letters: B batch, L length, D width of the model, C channels of a signal. ``mask`` is bool ``(B, L)``, True = real.
 """
 
+import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -102,9 +104,11 @@ class PatchEmbedding(nn.Module):
         dim: D.
         stages: ``(kernel, stride)`` of each convolution; the patch length is the product of the strides.
         channels: C of the signal.
+        level: root mean square of the signals to come. The first filters start out so that their answers have size 1:
+            a GELU bends nothing much smaller than that, and filters without a bend cannot tell loud from quiet.
     """
 
-    def __init__(self, dim: int, stages: Sequence[tuple[int, int]], channels: int = 1) -> None:
+    def __init__(self, dim: int, stages: Sequence[tuple[int, int]], channels: int = 1, level: float = 0.1) -> None:
         super().__init__()
         if not stages or any(kernel < stride or stride < 1 for kernel, stride in stages):
             raise ValueError(
@@ -113,10 +117,13 @@ class PatchEmbedding(nn.Module):
         self.stages = tuple((int(k), int(s)) for k, s in stages)
         self.channels = channels
         widths = [channels] + [dim] * len(self.stages)
-        self.filters = nn.ModuleList(
+        filters = [
             nn.Conv1d(c, d, kernel, stride)
             for c, d, (kernel, stride) in zip(widths, widths[1:], self.stages, strict=False)
-        )
+        ]
+        nn.init.normal_(filters[0].weight, std=1 / (level * math.sqrt(filters[0].weight[0].numel())))
+        nn.init.zeros_(cast(Tensor, filters[0].bias))
+        self.filters = nn.ModuleList(filters)
         self.norm = nn.LayerNorm(dim)
 
     @property
