@@ -3,9 +3,7 @@
 Letters: B batch, L length, D width of the model, C channels of a signal. ``mask`` is bool ``(B, L)``, True = real.
 """
 
-import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +102,8 @@ class PatchEmbedding(nn.Module):
         dim: D.
         stages: ``(kernel, stride)`` of each convolution; the patch length is the product of the strides.
         channels: C of the signal.
-        level: root mean square of the signals to come. The first filters start out so that their answers have size 1:
-            a GELU bends nothing much smaller than that, and filters without a bend cannot tell loud from quiet.
+        level: root mean square of the signals to come; they are divided by it. A GELU bends nothing much smaller than
+            1, and filters without a bend cannot tell loud from quiet.
     """
 
     def __init__(self, dim: int, stages: Sequence[tuple[int, int]], channels: int = 1, level: float = 0.1) -> None:
@@ -115,15 +113,12 @@ class PatchEmbedding(nn.Module):
                 f"patch stages must be (kernel, stride) pairs with kernel >= stride >= 1; got {list(stages)}."
             )
         self.stages = tuple((int(k), int(s)) for k, s in stages)
-        self.channels = channels
+        self.channels, self.level = channels, level
         widths = [channels] + [dim] * len(self.stages)
-        filters = [
+        self.filters = nn.ModuleList(
             nn.Conv1d(c, d, kernel, stride)
             for c, d, (kernel, stride) in zip(widths, widths[1:], self.stages, strict=False)
-        ]
-        nn.init.normal_(filters[0].weight, std=1 / (level * math.sqrt(filters[0].weight[0].numel())))
-        nn.init.zeros_(cast(Tensor, filters[0].bias))
-        self.filters = nn.ModuleList(filters)
+        )
         self.norm = nn.LayerNorm(dim)
 
     @property
@@ -136,7 +131,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``(B, L)`` or ``(B, L, C)`` to ``(B, ceil(L / patch), D)``; a token is real if any of its samples is."""
-        h = _channels_last(x, self.channels)  # (B, L, C)
+        h = _channels_last(x, self.channels) / self.level  # (B, L, C)
         if mask is not None:
             h = h.masked_fill(~mask.unsqueeze(-1), 0)
         h = F.pad(h.transpose(1, 2), (0, -x.shape[1] % self.patch))  # (B, C, a whole number of patches)

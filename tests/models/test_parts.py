@@ -58,7 +58,7 @@ def test_patches_with_kernel_equal_to_stride_are_a_linear_map_of_each_patch(leng
     y, _ = embedding(x)
     patches = F.pad(x, (0, -length % 4)).unflatten(1, (-1, 4))
     conv = embedding.filters[0]
-    torch.testing.assert_close(y, embedding.norm(patches @ conv.weight[:, 0].T + conv.bias))
+    torch.testing.assert_close(y, embedding.norm(patches / embedding.level @ conv.weight[:, 0].T + conv.bias))
 
 
 @pytest.mark.parametrize("stages", [((6, 3),), ((5, 2), (4, 4))])
