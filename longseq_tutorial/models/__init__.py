@@ -62,7 +62,12 @@ def configure(name: str, task_name: str, **overrides: Any) -> MegaConfig | Trans
         if key not in known:
             raise ValueError(f"{name} has no setting {key!r}; wanted one of: {', '.join(known)}.")
     if "patch" in overrides:
-        overrides["patch"] = tuple((int(k), int(s)) for k, s in overrides["patch"])
+        try:
+            overrides["patch"] = tuple((int(k), int(s)) for k, s in overrides["patch"])
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"patch wants (kernel, stride) pairs, ((40, 10), (8, 8)); got {overrides['patch']!r}."
+            ) from None
     return replace(config, **overrides)
 
 

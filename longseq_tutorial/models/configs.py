@@ -21,11 +21,16 @@ def _require(ok: bool, message: str) -> None:
 
 def _check_common(c: "MegaConfig | TransformerConfig") -> None:
     for field in fields(c):
-        value = getattr(c, field.name)
-        if isinstance(value, float) and not isinstance(value, bool):
-            _require(0 <= value < 1, f"{field.name} is a dropout rate and must lie in [0, 1); got {value}.")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            _require(value >= 1, f"{field.name} must be at least 1; got {value}.")
+        value, default = getattr(c, field.name), field.default
+        if isinstance(default, bool | str):
+            kind = type(default)
+            _require(isinstance(value, kind), f"{field.name} must be of type {kind.__name__}; got {value!r}.")
+        elif isinstance(default, float):
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+            _require(fits, f"{field.name} is a dropout rate and must lie in [0, 1); got {value!r}.")
+        elif isinstance(default, int) or (default is None and value is not None):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value >= 1, f"{field.name} must be a whole number, at least 1; got {value!r}.")
     for stage in c.patch:
         _require(
             len(stage) == 2 and stage[0] >= stage[1] >= 1,

@@ -1,0 +1,23 @@
+"""Training: recipes, the loop, checkpoints, records. The command line is `longseq_tutorial.train`."""
+
+from .checkpoint import CheckpointError
+from .diagnose import NonFiniteError
+from .loop import Unfinished, evaluate, fit
+from .recipes import RECIPES, Recipe, RecipeError, get
+from .records import Record, RecordError, load_run, read_record
+
+__all__ = [
+    "RECIPES",
+    "CheckpointError",
+    "NonFiniteError",
+    "Recipe",
+    "RecipeError",
+    "Record",
+    "RecordError",
+    "Unfinished",
+    "evaluate",
+    "fit",
+    "get",
+    "load_run",
+    "read_record",
+]

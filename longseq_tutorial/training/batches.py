@@ -1,0 +1,99 @@
+"""Which sequences make up which update: a pure function of (seed, epoch).
+
+Nothing here remembers anything, so a run that stopped in the middle of an epoch goes on with exactly the
+batches it would have had, and any number of processes shares out the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from ..tasks import Batch, Split, Task, collate
+
+POOL = 32  # batches sorted by length together: larger saves more padding, smaller mixes more
+
+
+def generator(*key: int) -> torch.Generator:
+    """A torch generator whose numbers depend on `key` (seed, purpose, step ...) and on nothing else."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+def epoch_batches(lengths: np.ndarray, batch: int, *, seed: int, epoch: int, bucket: bool) -> list[np.ndarray]:
+    """The index batches of one epoch, in order: each (batch,), no index twice, the incomplete last one left out.
+
+    With `bucket`, sequences of like length share a batch: the shuffled epoch is cut into pools of `POOL`
+    batches, each pool is sorted by length, and all batches are shuffled again. Which sequences meet still
+    changes every epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    if bucket:
+        pools = [order[i : i + POOL * batch] for i in range(0, len(order), POOL * batch)]
+        order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+    batches = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
+    if bucket:
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+    return batches
+
+
+def training_batches(
+    task: Task,
+    *,
+    batch: int,
+    accumulate: int = 1,
+    bucket: bool = True,
+    augment: bool = False,
+    seed: int = 0,
+    start: int = 0,
+    stop: int,
+    rank: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[list[Batch]]:
+    """For each update from `start` to `stop - 1`, this process's share of it, in `accumulate` pieces.
+
+    An update always sees `batch` sequences in all, however many processes and pieces they are spread over.
+    Each process takes every `processes`-th one, so that all of them get the same mix of lengths.
+    """
+    per_epoch = len(task.train) // batch
+    update = start
+    while update < stop:
+        epoch, done = divmod(update, per_epoch)
+        order = epoch_batches(task.train.lengths, batch, seed=seed, epoch=epoch, bucket=bucket)
+        order = order[done : done + stop - update]
+        pieces = [piece for indices in order for piece in np.split(indices[rank::processes], accumulate)]
+        loader: DataLoader[Batch] = DataLoader(
+            task.train,  # type: ignore[arg-type]  # a Split is a sequence, which is all a DataLoader asks for
+            batch_sampler=pieces,  # type: ignore[arg-type]
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            generator=generator(seed),  # its own: a loader must not draw from the numbers that dropout uses
+        )
+        group: list[Batch] = []
+        for piece in loader:
+            if augment and task.augment is not None:
+                piece = task.augment(piece, generator(seed, update, len(group), rank))
+            group.append(piece)
+            if len(group) == accumulate:
+                yield group
+                group, update = [], update + 1
+
+
+def evaluation_batches(split: Split, batch: int, *, rank: int = 0, processes: int = 1) -> Iterator[Batch]:
+    """Every item of `split` once, batched by length so that little is padded; this process's share of them."""
+    order = np.argsort(split.lengths, kind="stable")
+    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+    for indices in batches[rank::processes]:
+        yield collate([split[int(i)] for i in indices])
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`, copied while the device still computes where that is possible."""
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))

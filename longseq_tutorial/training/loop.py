@@ -1,0 +1,182 @@
+"""The training loop: fit a model to a task as a recipe says, and write down what happened.
+
+Device, precision and several processes are Hugging Face accelerate's business. The order of the data and the
+learning rate are decided here, and what surrounds the loop (checkpoints, progress, the record) is in `run.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import tasks
+from ..tasks import Batch, Split, Task
+from .batches import evaluation_batches, to_device, training_batches
+from .diagnose import NonFiniteError, first_nonfinite
+from .machine import Interrupt, reproducible
+from .recipes import Recipe
+from .records import Record
+from .run import Run, Unfinished, model_settings
+from .schedule import learning_rate
+
+
+def fit(
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    out: str | Path = "runs",
+    resume: bool = False,
+    overwrite: bool = False,
+    max_seconds: float | None = None,
+    save_every: float = 60.0,
+    data: str | Path | None = None,
+    workers: int = 0,
+    cpu: bool = False,
+    progress: bool = True,
+    task: Task | None = None,
+) -> Record:
+    """Train, evaluate, and leave `<name>.json` and `<name>.safetensors` in `out`; return the record.
+
+    recipe: what to do. seed: decides the weights, the order of the data, dropout and augmentation.
+    out: folder of the record; checkpoints and TensorBoard files lie in `out/<name>`.
+    resume: go on from the last checkpoint, if there is one. overwrite: start anew where an unfinished run lies.
+    max_seconds: save and stop after so long. save_every: seconds between two checkpoints.
+    data: folder of the data, see `tasks.load`. task: train on this instead of loading one.
+    workers: processes that prepare batches. cpu: leave a GPU alone. progress: show a bar and a line an epoch.
+
+    Raises `Unfinished` when it stopped early, `NonFiniteError` when the numbers broke, and `RecipeError`,
+    `DataError`, `CheckpointError` or `RecordError` when it cannot start.
+    """
+    model_settings(recipe)  # a wrong one is said before data are made
+    if task is None:
+        task = load_task(recipe, data)
+    run = Run(recipe, task, seed=seed, out=Path(out), max_seconds=max_seconds, cpu=cpu)
+    finished = run.open(resume=resume, overwrite=overwrite)
+    if finished is not None:
+        return finished
+    with Interrupt() as interrupt, reproducible(run.device), run.bar(progress):
+        if run.progress.update == 0:
+            run.add_row(valid=evaluate_run(run, task.valid))  # chance level, and proof that evaluation works
+        for pieces in batches(run, workers):
+            score = train_update(run, pieces)
+            run.advance(score)
+            if run.epoch_ends or run.validation_due:
+                run.add_row(valid=evaluate_run(run, task.valid) if run.validation_due else None)
+            wish = run.agree("interrupt" if interrupt.seen else "time" if run.late else run.save_due(save_every))
+            if wish or run.done:
+                run.save()
+            if wish in ("time", "interrupt") and not run.done:
+                raise Unfinished(wish, run.progress.update, run.total, run.folder)
+        run.take_selected_weights()
+        return run.finish(test=evaluate_run(run, task.test))
+
+
+def load_task(recipe: Recipe, root: str | Path | None = None) -> Task:
+    """The recipe's task with the recipe's options. Raises `DataError`."""
+    try:
+        return tasks.load(recipe.task, root=root, **recipe.data)
+    except TypeError as error:
+        raise tasks.DataError(f"{recipe.task} cannot be loaded with {dict(recipe.data)}: {error}.") from error
+
+
+def batches(run: Run, workers: int = 0) -> Any:
+    """This process's share of every update that is still to come."""
+    return training_batches(
+        run.task,
+        batch=run.recipe.batch,
+        accumulate=run.recipe.accumulate,
+        bucket=run.recipe.bucket,
+        augment=run.recipe.augment,
+        seed=run.seed,
+        start=run.progress.update,
+        stop=run.total,
+        rank=run.accelerator.process_index,
+        processes=run.accelerator.num_processes,
+        workers=workers,
+        pin_memory=run.device.type == "cuda",
+    )
+
+
+def train_update(run: Run, pieces: list[Batch]) -> list[float]:
+    """One update of the weights from one batch, given in pieces. Returns [summed loss, correct, sequences].
+
+    Raises `NonFiniteError`, and leaves the weights as they were, when the loss or the gradient is not finite.
+    """
+    accelerator, recipe = run.accelerator, run.recipe
+    pieces = [to_device(piece, run.device) for piece in pieces]
+    scores = torch.zeros(3, device=run.device)
+    for i, batch in enumerate(pieces):
+        more_to_come = i + 1 < len(pieces)  # processes exchange gradients only once these are complete
+        with accelerator.no_sync(run.model) if more_to_come else nullcontext():
+            logits = run.model(batch.x, batch.mask)  # (batch, classes)
+            loss = F.cross_entropy(logits.float(), batch.label)
+            accelerator.backward(loss / len(pieces))
+        scores += score(logits, batch.label)
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip or math.inf)
+    scores = accelerator.reduce(scores)
+    if not torch.isfinite(scores[0] + norm):
+        where = first_nonfinite(run.bare_model, pieces)
+        raise NonFiniteError(f"update {run.progress.update}: the loss or its gradient is not finite; {where}.")
+    set_learning_rate(run)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return [float(value) for value in scores.tolist()]
+
+
+def set_learning_rate(run: Run) -> None:
+    """Give the optimiser the rate of the coming update."""
+    recipe = run.recipe
+    run.rate = learning_rate(
+        run.progress.update,
+        lr=recipe.lr,
+        warmup=recipe.warmup,
+        total=run.total,
+        schedule=recipe.schedule,
+        initial_lr=recipe.initial_lr,
+        power=recipe.power,
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.rate
+
+
+@torch.no_grad()
+def score(logits: Tensor, label: Tensor) -> Tensor:
+    """[summed cross entropy, correct answers, sequences] of a batch: what adds up over batches and processes."""
+    loss = F.cross_entropy(logits.float(), label, reduction="sum")
+    correct = (logits.argmax(-1) == label).sum()
+    return torch.stack([loss, correct.to(loss.dtype), loss.new_tensor(len(label))])
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, split: Split, *, batch: int = 64, accelerator: Accelerator | None = None
+) -> dict[str, float]:
+    """Mean cross entropy and accuracy of `model` on a whole split: {"loss": ..., "accuracy": ...}.
+
+    With an accelerator, several processes share the work and all get the result.
+    """
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = torch.zeros(3, device=device)
+    for part in evaluation_batches(split, batch, rank=rank, processes=processes):
+        part = to_device(part, device)
+        total += score(model(part.x, part.mask), part.label)
+    model.train(training)
+    loss, correct, sequences = (accelerator.reduce(total) if accelerator else total).tolist()
+    return {"loss": loss / sequences, "accuracy": correct / sequences}
+
+
+def evaluate_run(run: Run, split: Split) -> dict[str, float]:
+    """`evaluate` the run's model, in batches no larger than training's."""
+    batch = run.recipe.batch // run.recipe.accumulate // run.accelerator.num_processes
+    # The bare model: a wrapped one would wait for the other processes, which may have fewer batches.
+    return evaluate(run.bare_model, split, batch=max(1, batch), accelerator=run.accelerator)

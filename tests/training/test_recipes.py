@@ -1,0 +1,148 @@
+"""The table of recipes: complete, as published where it says so, and closed to contradictions."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from longseq_tutorial import models
+from longseq_tutorial.tasks import TaskConfig
+from longseq_tutorial.training import RECIPES, Recipe, RecipeError, get
+from longseq_tutorial.training.recipes import REFUSED, change, parse_settings
+
+CONFIGS = {
+    "speech": TaskConfig("speech", "samples", 10, 8000, sample_rate=8000),
+    "listops": TaskConfig("listops", "tokens", 10, 2000, vocabulary=16),
+}
+ALL = [(t, m, r) for t in CONFIGS for m in ("mega", "mega-chunk", "transformer") for r in ("cpu-5min", "paper")]
+
+
+@pytest.mark.parametrize("key", ALL, ids="-".join)
+def test_every_combination_is_there_or_refused_with_a_reason(key: tuple[str, str, str]) -> None:
+    if key in REFUSED:
+        with pytest.raises(RecipeError, match="does not fit the memory"):
+            get(*key)
+        return
+    recipe = get(*key)
+    assert recipe.source and recipe.run_name == "-".join(key)
+    models.build(recipe.model, CONFIGS[recipe.task], **recipe.overrides)  # the settings exist and fit each other
+
+
+def test_no_row_twice_and_no_row_beyond() -> None:
+    keys = [(r.task, r.model, r.name) for r in RECIPES]
+    assert len(set(keys)) == len(keys) and set(keys) | set(REFUSED) == set(ALL)
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        # Mega paper and scripts: updates, batch, lr, warm-up, weight decay; D, layers, z, v, function, norm, pre-norm
+        ("listops", (90_000, 64, 0.001, 3_000, 0.01, 80, 6, 64, 160, "softmax", "layernorm", False)),
+        ("speech", (250_000, 20, 0.01, 10_000, 0.01, 60, 6, 30, 120, "laplace", "batchnorm", True)),
+    ],
+)
+def test_paper_holds_the_published_figures(task: str, expected: tuple[Any, ...]) -> None:
+    for model in ("mega", "mega-chunk"):
+        r = get(task, model, "paper")
+        c = models.configure(model, task, **r.overrides)
+        ours = (r.updates, r.batch, r.lr, r.warmup, r.weight_decay)
+        ours += (c.dim, c.layers, c.z_dim, c.v_dim, c.attention, c.norm, c.prenorm)
+        assert ours == expected
+        assert (r.betas, r.eps, r.clip, r.precision) == ((0.9, 0.98), 1e-8, 1.0, "float32")
+        assert (r.schedule, r.power, r.initial_lr, r.augment, r.select) == ("linear", 1.0, 1e-7, False, "best")
+        assert c.chunk == (None if model == "mega" else {"listops": 128, "speech": 1000}[task])
+
+
+def test_the_arenas_transformer() -> None:
+    r = get("listops", "transformer", "paper")
+    assert (r.updates, r.batch, r.schedule, r.warmup) == (5_000, 32, "rsqrt", 1_000)
+    assert r.lr == pytest.approx(0.05 / math.sqrt(1_000))  # 0.05 / sqrt(step) at the end of the warm-up
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"epochs": None}, "either epochs or updates; got epochs=None, updates=None"),
+    ({"updates": 5}, "either epochs or updates; got epochs=4, updates=5"),
+    ({"epochs": 0}, "epochs must be a whole number"),
+    ({"batch": 8.0}, "batch must be a whole number"),
+    ({"batch": True}, "batch must be a whole number"),
+    ({"accumulate": 3}, "equal pieces; got batch=8, accumulate=3"),
+    ({"lr": -1}, "lr must be a number > 0; got -1"),
+    ({"lr": math.nan}, "lr must be a number > 0"),
+    ({"lr": 1e-9}, "initial_lr must not exceed lr"),
+    ({"epochs": None, "updates": 5, "warmup": 5}, "must end before the run does; got warmup=5 of 5"),
+    ({"schedule": "step"}, "one of linear, cosine, rsqrt; got 'step'"),
+    ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+    ({"clip": 0}, "clip must be a number > 0, or None"),
+    ({"precision": "fp16"}, "one of float32, bf16; got 'fp16'"),
+    ({"augment": "yes"}, "augment must be True or False"),
+    ({"select": "middle"}, "one of last, best"),
+    ({"name": "../up"}, "it becomes a file name"),
+    ({"overrides": [1]}, "overrides must be a mapping"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[m[:30] for _, m in BAD])
+def test_contradictions_are_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"task": "t", "model": "m", "name": "n", "epochs": 4, "batch": 8}
+    Recipe(**good)
+    with pytest.raises(RecipeError) as caught:
+        Recipe(**{**good, **changes})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_length_of_a_run() -> None:
+    r = Recipe(task="t", model="m", name="n", epochs=4, batch=8)
+    assert r.total_updates(70) == 32
+    assert dataclasses.replace(r, epochs=None, updates=5).total_updates(70) == 5
+    with pytest.raises(RecipeError, match="must not exceed the 7 training sequences; got 8"):
+        r.total_updates(7)
+    with pytest.raises(RecipeError, match="warmup=32 of 32 updates"):
+        dataclasses.replace(r, warmup=32).total_updates(70)
+
+
+def test_a_recipe_cannot_be_altered() -> None:
+    r = get("speech", "mega", "cpu-5min")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        r.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        r.overrides["dim"] = 3  # type: ignore[index]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.run_name)
+def test_through_json_and_back(recipe: Recipe) -> None:
+    fields = json.loads(json.dumps(recipe.as_dict()))
+    assert Recipe(**fields).as_dict() == recipe.as_dict() == fields
+
+
+def test_changes() -> None:
+    r = get("listops", "mega", "cpu-5min")
+    new = change(
+        r, parse_settings(("lr=0.5", "model.dim=32", "data.train=100", "epochs=2", "augment=true", "clip=none"))
+    )
+    assert (new.lr, new.overrides["dim"], new.data["train"], new.augment, new.clip) == (0.5, 32, 100, True, None)
+    assert (new.epochs, new.updates) == (2, None)
+    assert new.name.startswith("cpu-5min+lr=0.5+model.dim=32") and "changed: lr" in new.source
+    assert change(r, {}) == r and change(r, {"name": "mine", "lr": 1.0}).name == "mine"
+    assert change(r, parse_settings(("model.patch=((16,8),(4,2))",))).overrides["patch"] == ((16, 8), (4, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: get("speach", "mega", "paper"),
+            "unknown task 'speach'; choose from listops, speech. Did you mean",
+        ),
+        (lambda: get("speech", "mega-chunky", "paper"), "Did you mean mega-chunk?"),
+        (lambda: get("speech", "mega", "papre"), "unknown recipe for speech with mega 'papre'"),
+        (lambda: change(get("speech", "mega", "paper"), {"lrr": 1}), "unknown setting 'lrr'"),
+        (lambda: change(get("speech", "mega", "paper"), {"lr": "fast"}), "lr must be a number > 0; got 'fast'"),
+        (lambda: parse_settings(("lr",)), "--set wants key=value, e.g. --set lr=0.01; got 'lr'"),
+    ],
+)
+def test_misspelling_is_met_with_the_nearest_name(call: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        call()
+    assert message in str(caught.value)
