@@ -333,19 +333,20 @@ def _print_table(rows: list[tuple[str, str, float, str]]) -> None:
 
 
 def to_html(nb: NotebookNode, title: str) -> str:
-    """Return one HTML page that holds everything; a panel appears as its picture and its words.
-
-    Only formulas are set by a script from the web (MathJax); offline they read as TeX.
-    """
+    """Return one HTML page that holds everything and needs no network; a panel appears as its picture and its words."""
+    from mathml import with_mathml
     from nbconvert import HTMLExporter
 
     nb = nbformat.from_dict(json.loads(json.dumps(nb)))
     nb.metadata.pop("widgets", None)
     for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_mathml(cell.source)
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(VIEW, None)
     page, _ = HTMLExporter(exclude_anchor_links=True).from_notebook_node(nb, resources={"metadata": {"name": title}})
     page = re.sub(r'<script src="[^"]*/require[^"]*"></script>', "", page)  # for live widgets only
+    page = re.sub(r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->", "", page, flags=re.S)
     return re.sub(r'<script type="module">.*?</script>', "", page, flags=re.S)  # for Mermaid diagrams only
 
 
