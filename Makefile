@@ -11,6 +11,9 @@ ONLY ?=
 # Further options for `make train`, such as --task listops
 ARGS ?=
 
+# Threads that wait asleep leave the cores to others: see longseq_tutorial/__init__.py.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/installed
