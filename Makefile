@@ -11,8 +11,8 @@ ONLY ?=
 # Further options for `make train`, such as --task listops
 ARGS ?=
 
-# Threads that wait asleep leave the cores to others: see longseq_tutorial/__init__.py.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait for long should sleep and leave the cores to others: see longseq_tutorial/__init__.py.
+export GOMP_SPINCOUNT ?= 10000
 
 VENV  := .venv
 PY    := $(VENV)/bin/python

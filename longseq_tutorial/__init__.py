@@ -8,7 +8,8 @@ what you need from its own home: ``from longseq_tutorial.mechanisms import ema``
 import os
 
 # Torch's threads wait for each other by spinning. Where other programs want the cores too, that makes two threads
-# several times slower than one; asleep while they wait, they are not. Torch reads this when it is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# many times slower than one. So they spin for a moment only, and then sleep. (GNU's OpenMP, which torch has on
+# Linux, reads this when torch is first imported.)
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
