@@ -3,8 +3,8 @@
 #
 # ## The question
 #
-# The nine notebooks before this one built mechanisms. Does any of them help a model to *use* a long input? In 2021
-# Tay and colleagues put that question into the form of six tasks, the **Long Range Arena**, and for years most models
+# The notebooks before this one build mechanisms. Does any of them help a model to *use* a long input? In 2021 Tay
+# and colleagues put that question into the form of six tasks, the **Long Range Arena**, and for years most models
 # for long sequences were compared on it. A task is interesting here if its answer depends on things that stand far
 # apart, and if no shortcut gives the answer away.
 #
@@ -59,23 +59,23 @@ ROOT = Path(longseq_tutorial.__file__).parents[1]
 # the table below can be read, and are built in a later stage of this chapter.
 #
 # The figures that the Mega paper prints (Ma et al., ICLR 2023, Table 2; averages over five seeds) stand in the next
-# cell. "Not solved" means that a model stayed at chance, or did not fit into the memory of its authors' GPU.
+# cell. "Unsolved" means that a model stayed at chance, or did not fit into the memory of its authors' GPU.
 
 # %%
-NOT_SOLVED = float("nan")
+UNSOLVED = float("nan")
 TASKS = ("ListOps", "Text", "Retrieval", "Image", "Pathfinder", "Path-X")
 CHANCE = (10, 50, 50, 10, 50, 50)  # 1 / classes; ListOps' and other tasks' commonest class can be above it
 PUBLISHED = {
-    "Transformer (Arena paper)": (36.37, 64.27, 57.46, 42.44, 71.40, NOT_SOLVED),
-    "Transformer (re-run)": (37.11, 65.21, 79.14, 42.94, 71.83, NOT_SOLVED),
+    "Transformer (Arena)": (36.37, 64.27, 57.46, 42.44, 71.40, UNSOLVED),
+    "Transformer (re-run)": (37.11, 65.21, 79.14, 42.94, 71.83, UNSOLVED),
     "S4-v2": (59.60, 86.82, 90.90, 88.65, 94.20, 96.35),
     "Mega": (63.14, 90.43, 91.25, 90.44, 96.01, 97.98),
     "Mega-chunk": (58.76, 90.19, 90.97, 85.80, 94.41, 93.81),
 }
-print(f"{'test accuracy in %':27}" + "".join(f"{task:>12}" for task in TASKS) + f"{'average of 6':>14}")
+print(f"{'test accuracy in %':20}" + "".join(f"{task:>11}" for task in TASKS) + f"{'average':>9}")
 for model, row in PUBLISHED.items():
-    cells = "".join(f"{'not solved' if np.isnan(x) else f'{x:.2f}':>12}" for x in row)
-    print(f"{model:27}{cells}{np.where(np.isnan(row), CHANCE, row).mean():14.2f}")
+    cells = "".join(f"{'unsolved' if np.isnan(x) else f'{x:.2f}':>11}" for x in row)
+    print(f"{model:20}{cells}{np.where(np.isnan(row), CHANCE, row).mean():9.2f}")
 
 # %% [markdown]
 # The last column counts an unsolved task as chance, 50 %. Papers do not agree about this: the Arena's own average
@@ -160,8 +160,8 @@ show(
 # expression is kept if it has more than 500 and fewer than 2,000 tokens.
 #
 # How long is an expression before that last condition? An operator has six arguments on average, and each is an
-# operator with probability 1/4. So from level to level the number of operators grows by $6 \cdot \tfrac14 = 1.5$, and the
-# expected length $\ell_d$ of a node at level $d$ follows from that of its arguments:
+# operator with probability 1/4. So from level to level the number of operators grows by $6 \cdot \tfrac14 = 1.5$, and
+# the expected length $\ell_d$ of a node at level $d$ follows from that of its arguments:
 #
 # $$
 # \ell_{10} = 1, \qquad \ell_d = \tfrac34 \cdot 1 + \tfrac14\,(2 + 6\,\ell_{d+1}) .
@@ -246,7 +246,7 @@ print("levels of nested operators:", sorted(set(levels.tolist())))
 #
 # "Long-range" can be measured. For each argument count the tokens between it and its operator. In the figure, look at
 # where the curve crosses 128, the chunk of Mega-chunk: what lies to the right of it can never be inside one chunk
-# together with its operator.
+# together with its operator, and only the EMA can carry anything across.
 
 # %%
 per_expression = [argument_distances(np.frombuffer(tokens, dtype=np.uint8)).numpy() for tokens, _ in kept[:300]]
@@ -307,14 +307,16 @@ print("their mean level in the tree:", fmt(touched[changed].mean(), 2), "against
 # %% [markdown]
 # About one digit in fifty matters, and those that do stand high in the tree. The rest disappears: under a `MAX` that
 # has a 9 elsewhere, nothing else counts. So what could teach a model the far-away structure comes from a dozen tokens
-# in a thousand, and it cannot know which ones without having understood the tree. The panel near the end lets you watch changes die.
+# in a thousand, and it cannot know which ones without having understood the tree. The panel near the end lets you
+# watch changes die.
 #
 # ## What does a score prove?
 #
-# A model can do well without doing what we hoped. Before a score means anything, one asks what a reader gets who takes
-# a shortcut. Ours knows the tree, but only its top: the root operator, and `levels` levels below it. Where it may not look further down
-# it guesses: it takes the value of an operator there at random from the values that such operators have in other
-# expressions, evaluates the rest correctly, does so two hundred times, and gives the commonest answer.
+# A model can do well without doing what we hoped. Before a score means anything, one asks what a reader gets who
+# takes a shortcut. Ours knows the tree, but only its top: the root operator, and `levels` levels below it. Where it
+# may not look further down it guesses: it takes the value of an operator there at random from the values that such
+# operators have in other expressions, evaluates the rest correctly, does so two hundred times, and gives the
+# commonest answer.
 
 # %%
 half = len(trees) // 2
@@ -362,14 +364,14 @@ error = np.sqrt(accuracy * (100 - accuracy) / len(unseen))  # standard error, in
 # %%
 fig, ax = plt.subplots(figsize=(7.6, 4.2))
 ax.errorbar(reading, accuracy, 2 * error, capsize=3, label="reader of the top of the tree (two standard errors)")
-for model, style in (("Mega", "-"), ("Mega-chunk", "--"), ("Transformer (Arena paper)", "-.")):
+for model, style in (("Mega", "-"), ("Mega-chunk", "--"), ("Transformer (Arena)", "-.")):
     ax.axhline(
         PUBLISHED[model][0], color=OKABE_ITO["vermilion"], linestyle=style, linewidth=1.3, label=f"{model}, published"
     )
 ax.axhline(majority, color="#8A8A86", linestyle=":", label="majority class")
 ax.set(xlabel="levels read below the root operator", ylabel="accuracy (%)", ylim=(0, 102), xticks=reading)
 ax.legend(loc="lower right", frameon=True, framealpha=1, edgecolor="none")
-transformer = PUBLISHED["Transformer (Arena paper)"][0]
+transformer = PUBLISHED["Transformer (Arena)"][0]
 show(
     fig,
     f"Accuracy of a reader that knows only the top of the tree, on {len(unseen)} expressions. The root operator alone "
@@ -387,9 +389,10 @@ print("Mega's 63.14 lies between the readers of one and of two levels:", bool(ac
 # %% [markdown]
 # The root operator is the **first token**. Who reads one token of a thousand, and knows which values the four
 # operators tend to take, is as good as the published Transformer. That does not prove that the Transformer reads
-# nothing else; it does say that its score is no evidence of anything more. And the best figure in the table corresponds to understanding
-# the first level or two of nine. It is a real achievement, since at the first levels the arguments are far away, and it
-# leaves the greater part of the task unsolved. Rank such scores by what they prove, not by their distance from 100.
+# nothing else; it does say that its score is no evidence of anything more. And the best figure in the table
+# corresponds to understanding the first level or two of nine. It is a real achievement, since at the first levels the
+# arguments are far away, and it leaves the greater part of the task unsolved. Rank such scores by what they prove,
+# not by their distance from 100.
 #
 # ## From expressions to batches
 #
@@ -528,8 +531,8 @@ print("and above the reader of the first token by more than 5:", got > by_first 
 # python -m longseq_tutorial.train --task listops --model mega-chunk --recipe paper
 # ```
 #
-# The first fits into minutes on two CPU cores and shows that everything works; it is far too short to be compared with
-# the table. The second holds the published hyper-parameters and wants a GPU. Both leave a record and the weights;
+# The first fits into minutes on two CPU cores and shows that everything works. It takes shorter expressions, so its
+# accuracy is not one of the table's. The second holds the published hyper-parameters and data, and wants a GPU. Both leave a record and the weights;
 # after a stop, by a crash or by you, `--resume` goes on. These are the rows of the recipe table:
 
 # %%
@@ -541,10 +544,12 @@ for field in fields:
 for field in ("layers", "dim", "z_dim", "v_dim", "n", "chunk", "attention", "norm", "dropout"):
     pair = [getattr(models.configure("mega-chunk", "listops", **r.overrides), field) for r in (quick, paper)]
     print(f"model.{field:8}{pair[0]!s:>12}{pair[1]!s:>12}")
-print("paper:", paper.source)
+for row in (quick, paper):
+    print(f"{row.name}: {row.source}\n    data: {dict(row.data) or 'the task as published'}")
 
 # %% [markdown]
-# What has been run with this package lies in `results/`, one record a run:
+# What has been run with this package lies in `results/`, one record a run. The line below the accuracy says on which
+# expressions it was measured:
 
 # %%
 found = sorted((ROOT / "results").glob("listops-*.json"))
@@ -750,7 +755,7 @@ check_pad(pad)
 # * The Long Range Arena is six classification tasks of 1,024 to 16,384 tokens; the metric is accuracy, and averages are
 #   over five tasks or over six. Ask which. (Tay et al. 2021; Mega paper, Table 2)
 # * ListOps: evaluate a nested expression of 500 to 2,000 tokens. Ten classes, a majority class of about 17 %.
-# * It needs both ranges: most arguments are beside their operator, and in each expression some are hundreds of tokens away.
+# * It needs both ranges: most arguments are beside their operator, some in each expression hundreds of tokens away.
 # * About one digit in fifty decides the answer, so there is little signal to learn from.
 # * Ask of any score what a shortcut would get. Here the first token alone gives a third and more, as much as the
 #   published Transformer.

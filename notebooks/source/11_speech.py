@@ -79,9 +79,9 @@ show(
 )
 
 # %% [markdown]
-# Two time scales are in it, far apart. The pitch and the colour of a vowel live within **milliseconds**, tens of samples.
-# The word lives in the order of its sounds, over **half a second**, thousands of samples. That is what makes raw sound
-# a task for long sequences.
+# Two time scales are in it, far apart. The pitch and the colour of a vowel live within **milliseconds**, tens of
+# samples. The word lives in the order of its sounds, over **half a second**, thousands of samples. That is what makes
+# raw sound a task for long sequences.
 #
 # How long? Speech Commands, the set on which such models are compared, has 16,000 samples a second. One second of it in
 # one attention layer, one head:
@@ -89,9 +89,8 @@ show(
 # %%
 samples = 16_000
 print(f"attention weights: {samples**2:,}, in float32 {4 * samples**2 / 2**30:.1f} GiB for each clip, head and layer")
-print(
-    f"an FFT convolution over it: about {samples * math.log2(samples):,.0f} products, {samples**2 / (samples * math.log2(samples)):.0f} times fewer"
-)
+products = samples * math.log2(samples)
+print(f"an FFT convolution over it: about {products:,.0f} products, {samples**2 / products:.0f} times fewer")
 
 # %% [markdown]
 # The Mega paper reads them one by one, with attention in chunks of 1,000 samples, and reports 96.92 % on ten words
@@ -130,12 +129,12 @@ print("difference of the values:   ", below((as_convolution - as_linear_map).abs
 print("difference of the gradients:", below((conv_grad.squeeze(1) - map_grad).abs().max(), 1e-12))
 
 # %% [markdown]
-# Two things go wrong with one linear map of neat patches. A sound that straddles a border is cut in two; so kernels may
-# be **wider than the stride** and overlap. And a linear map cannot say "there is a tone of 500 Hz, in whatever phase",
-# since the phase changes the sign of its answer; so a **nonlinearity** follows, and a second, coarser stage that sums up. That
-# is `models.parts.PatchEmbedding`: a chain of `(kernel, stride)` stages, GELU between them, a layer norm at the end.
-# Each stage is padded on the left by `kernel - stride`, so no token hears what comes after its own patch; and at the
-# end a signal is filled up on the right to a whole number of patches.
+# Two things go wrong with one linear map of neat patches. A sound that straddles a border is cut in two; so kernels
+# may be **wider than the stride** and overlap. And a linear map cannot say "there is a tone of 500 Hz, in whatever
+# phase", since the phase changes the sign of its answer; so a **nonlinearity** follows, and a second, coarser stage
+# that sums up. That is `models.parts.PatchEmbedding`: a chain of `(kernel, stride)` stages, GELU between them, a
+# layer norm at the end. Each stage is padded on the left by `kernel - stride`, so no token hears what comes after its
+# own patch; and at the end a signal is filled up on the right to a whole number of patches.
 #
 # Which samples does a token hear? Ask the gradient.
 
@@ -149,9 +148,8 @@ tokens, _ = embedding(noise)
 print(f"{noise.shape[1]} samples become {tokens.shape[1]} tokens")
 (heard,) = torch.autograd.grad((tokens[0, 6] * torch.randn(8, dtype=torch.float64)).sum(), noise)
 places = heard[0].nonzero().squeeze(1)
-print(
-    f"token 6 stands for samples {6 * embedding.patch} to {7 * embedding.patch - 1} and hears {int(places[0])} to {int(places[-1])}"
-)
+own = f"{6 * embedding.patch} to {7 * embedding.patch - 1}"
+print(f"token 6 stands for samples {own} and hears {int(places[0])} to {int(places[-1])}")
 
 # %% [markdown]
 # Everything it hears lies in its own patch or before it.
@@ -224,7 +222,7 @@ ax.plot(epochs, [100 * row["valid"]["accuracy"] for row in rows], label="validat
 ax.plot(epochs[1:], [100 * row["train"]["accuracy"] for row in rows[1:]], label="training, during the epoch")
 ax.axhline(10, color="#8A8A86", linestyle=":", label="chance")
 ax.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100), xticks=epochs)
-ax.legend(loc="lower right")
+ax.legend(loc="lower right", bbox_to_anchor=(1, 0.12))
 show(
     fig,
     f"Accuracy of the miniature on synthetic voices against epochs: it begins at chance, 10 %, and is above 50 % after "
@@ -270,8 +268,9 @@ print("           ", f"{right} of {record.sequences['test']} clips; standard err
 # What the figure of the last line is *not*: a measure of how well the model understands strangers. The official split
 # divides takes, not people; the same six speakers are heard in training and in the test.
 #
-# In the next figure look at the distance between the two curves: training is measured on clips that are altered at random
-# (faster, slower, shifted, louder, softer, in noise) where the recipe asks for it, validation on clips as they are.
+# In the next figure look at the distance between the two curves: training is measured on clips that are altered at
+# random (faster, slower, shifted, louder, softer, in noise) where the recipe asks for it, validation on clips as they
+# are.
 
 # %%
 rows = [row for row in record.history if row["valid"]]
@@ -402,8 +401,8 @@ print(
 
 # %% [markdown]
 # Nobody asked for it, but the random filters have become band filters, each for a narrower range of frequencies, and
-# packed more densely at the low end, where the voice and the lowest resonances of the mouth lie. A spectrogram made for
-# speech has that shape as well, because the ear has it. Here the digits alone drew it.
+# packed more densely in the lower part of the band, where the voice and the lowest resonances of the mouth lie. A
+# spectrogram made for speech has that shape as well, because the ear has it. Here the digits alone drew it.
 #
 # **Memory.** In each layer the EMA carries the past of a clip (and, running backwards, its future) to every token. Its
 # decays $q = 1 - \alpha\delta$ were learned as well; a decay $q$ forgets down to $1/e$ in $-1/\ln q$ tokens. In the
@@ -429,6 +428,8 @@ fig, ax = plt.subplots()
 ax.hist(at_first, bins=bins, histtype="step", linewidth=1.6, color="#8A8A86", label="before training")
 ax.hist(at_last, bins=bins, color=OKABE_ITO["sky"], label="after training")
 ax.set(xscale="log", xlabel="time to forget down to 1/e (ms)", ylabel="EMA dimensions")
+ax.set_xticks([20, 30, 40, 60, 80], ["20", "30", "40", "60", "80"])
+ax.set_xticks([], minor=True)
 ax.legend()
 show(
     fig,
@@ -481,24 +482,31 @@ by_moment = [explained(weights, place.expand(len(place), -1)) for weights in map
 show(
     fig,
     f"Attention weights of each layer for {names[shown]}, {maps[0].shape[-1]} tokens of {patch_ms:.0f} ms, with the waveform below. "
-    f"The distance alone explains {', '.join(f'{100 * r:.0f} %' for r in by_distance)} of the variance of the weights "
+    f"The distance alone explains {', '.join(f'{100 * r:.1f} %' for r in by_distance)} of the variance of the weights "
     f"in layers 1 to {len(maps)}, the moment alone {', '.join(f'{100 * r:.0f} %' for r in by_moment)}.",
 )
+print("by distance, in every layer, more than nine tenths:", min(by_distance) > 0.9)
 for layer, (distance, moment) in enumerate(zip(by_distance, by_moment, strict=True), start=1):
     print(
-        f"layer {layer}: variance explained by distance {100 * distance:.0f} %, by the moment looked at {100 * moment:.0f} %"
+        f"layer {layer}: variance explained by distance {100 * distance:.1f} %, by the moment looked at {100 * moment:.0f} %"
     )
 
 # %% [markdown]
-# Look at the two shares before you tell a story about a map. And a map shows where a model *looks*, not what it *needs*. For that, take something away: silence 50 ms of the
+# Before one tells a story about a map, one has to ask what kind of map it is. In this model they are diagonals: nearly
+# all of the attention is settled by the *distance* between two tokens, that is by the learned relative bias, and hardly
+# any by what is said there. One reason stands in notebook 03: with the laplace function Mega divides the products of
+# queries and keys by the length, but not the bias. In minutes, on single words, attention has become one more filter
+# with fixed taps, longer than the EMA's. That is a finding about this model and no other; notebook 12 looks at more.
+#
+# And a map shows where a model *looks*, not what it *needs*. For that, take something away: silence 50 ms of the
 # clip, and see how far the logit of its answer falls; then the next 50 ms, and so on. This asks any model, ours or not,
 # and needs no gradient. The panel below does it for every clip.
 #
 # ## How far does it reach?
 #
-# Two experiments, measured now. First **noise**: white noise so many decibels below the speech; at 0 dB both are equally
-# strong. In the figure look for where the answers begin to fail, and compare with the noise that the training used,
-# 20 to 50 dB below the speech.
+# Three experiments, measured now. First **noise**: white noise so many decibels below the speech; at 0 dB both are
+# equally strong. In the figure look for where the answers begin to fail, and compare with the noise that the training
+# used, 20 to 50 dB below the speech.
 
 # %%
 levels = np.arange(40, -11, -5)
@@ -522,21 +530,30 @@ show(
 )
 
 # %% [markdown]
-# You would still understand many of these clips. A model is robust against what it was trained with, and not by itself.
+# A model is robust against what it was trained with, and not much further. The panel lets you hear such clips: judge
+# for yourself how far *you* would follow.
 #
-# Second, **strangers**: the synthetic voices of the sample, which this model has never met.
+# Second, **loudness**. Say a word from across the room and it is the same word. Every clip was brought to one level
+# before training, and altered by 6 dB at most. What if a clip comes in 30 dB softer, and nobody turns it up?
 
 # %%
-heard = training.evaluate(
-    model,
-    tasks.load(
-        "speech", source="sample", **{k: v for k, v in record.recipe["data"].items() if k in ("normalise", "length")}
-    ).test,
-)
+for gain in (0, -10, -30):
+    good = sum(int(probabilities(model, x * 10 ** (gain / 20)).argmax()) == label for x, label in clips)
+    print(f"{gain:+4d} dB: {'more' if good > len(clips) / 2 else 'not more'} than half of the clips right")
+
+# %% [markdown]
+# Nothing is wrong with the model; it was handed what it was never shown. `tasks.load` brings every clip to one level,
+# and whoever uses the model has to do the same.
+#
+# Third, **strangers**: the synthetic voices of the sample, which this model has never met.
+
+# %%
+prepared = {key: value for key, value in record.recipe["data"].items() if key in ("normalise", "length")}
+heard = training.evaluate(model, tasks.load("speech", source="sample", **prepared).test)
 print("better than chance on synthetic voices (10 %):", heard["accuracy"] > 0.1 + 2 * math.sqrt(0.09 / len(task.test)))
 print(
-    "but more than 10 points below its accuracy on the people it knows:",
-    heard["accuracy"] < record.test["accuracy"] - 0.1,
+    "errs more than twice as often as on the people it knows:",
+    1 - heard["accuracy"] > 2 * (1 - record.test["accuracy"]),
 )
 
 confusion = torch.zeros(10, 10)
@@ -553,13 +570,14 @@ off = 1 - float(confusion.diag().sum() / confusion.sum())
 show(
     fig,
     f"What the model trained on six people makes of 12 synthetic voices, what was said against what is heard, 12 clips "
-    f"a digit. More than a tenth of all clips lie off the diagonal: {off > 0.1}.",
+    f"a digit. The diagonal stands out, and more than one clip in twenty lies off it: {off > 0.05}.",
 )
 
 # %% [markdown]
-# Six people are six people. The model has learned their digits, not digits. Nothing in its test accuracy said so,
-# because nothing in the test asked. That is not a fault of the record, which names its data and its split; it is a
-# fault of whoever quotes the number without them. A split by speaker asks the harder question.
+# What it learned from six people carries over to voices that no human has, and yet it errs more than twice as often on
+# them, although they are clean and without noise. Nothing in its test accuracy said so, because nothing in the test
+# asked. That is not a fault of the record, which names its data and its split; it is a fault of whoever quotes the
+# number without them. A split by speaker asks the harder question.
 #
 # ## The panel
 #
@@ -578,9 +596,8 @@ print(panel.set(noise=-5).say())
 print(panel.set(noise=60, gain=-30).say())
 
 # %% [markdown]
-# The waveform and the ten probabilities stand side by side; under the waveform, what silencing each stretch of 50 ms costs.
-# Turn the clip down: the model was trained on clips of about one loudness, so ask yourself before you move the slider
-# whether a softer clip is the same to it. Layer norm at the end of the patch embedding helps, up to a point.
+# The waveform and the ten probabilities stand side by side; under the waveform, what silencing each stretch of 50 ms
+# costs. Find the stretch that the answer stands on, listen to it, and ask yourself which sound it is.
 #
 # ## Exercises
 #
@@ -656,9 +673,9 @@ check_pool(pool)
 #
 # Difficulty: ●●○ · Importance: ●●○ · 15 minutes
 #
-# Add noise `decibels` below the signal. The **level** of a clip is its root mean square, $\sqrt{\tfrac1L \sum_t x_t^2}$, and
-# a ratio of levels $r$ is $20 \log_{10} r$ decibels. `x` and `noise` are `(B, L)`; each clip has its own level, and so has
-# each noise. The noise curve above was measured with this.
+# Add noise `decibels` below the signal. The **level** of a clip is its root mean square,
+# $\sqrt{\tfrac1L \sum_t x_t^2}$, and a ratio of levels $r$ is $20 \log_{10} r$ decibels. `x` and `noise` are `(B, L)`;
+# each clip has its own level, and so has each noise. The noise curve above was measured with this.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -667,7 +684,8 @@ check_pool(pool)
 # </details>
 # <details><summary>Hint 2</summary>
 #
-# Then `decibels` lower: multiply by `10 ** (-decibels / 20)`. Keep the time axis with `keepdim=True` so that it broadcasts.
+# Then `decibels` lower: multiply by `10 ** (-decibels / 20)`. Keep the time axis with `keepdim=True` so that it
+# broadcasts.
 #
 # </details>
 
