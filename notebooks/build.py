@@ -334,8 +334,10 @@ def _print_table(rows: list[tuple[str, str, float, str]]) -> None:
 
 def to_html(nb: NotebookNode, title: str) -> str:
     """Return one HTML page that holds everything and needs no network; a panel appears as its picture and its words."""
-    from mathml import with_mathml
     from nbconvert import HTMLExporter
+
+    sys.path.insert(0, str(HERE))  # our neighbour is found however this file was loaded
+    from mathml import with_mathml
 
     nb = nbformat.from_dict(json.loads(json.dumps(nb)))
     nb.metadata.pop("widgets", None)

@@ -15,9 +15,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    """Each test draws the same numbers, whichever ran before it."""
+def _alike() -> None:
+    """Each test draws the same numbers and computes by the same rules, whichever ran before it."""
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # training switches it on for the whole process
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,8 @@ def nbval(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--color=no"]
     command += ["--nbval", "--nbval-current-env", "--rootdir", str(folder), str(folder)]
     command += ["--nbval-sanitize-with", str(ROOT / "notebooks" / "nbval_sanitize.cfg")]
-    return subprocess.run(command, cwd=folder, env=build.offline_env(), capture_output=True, text=True, timeout=300)
+    env = {**build.offline_env(), "CI": ""}  # where CI is set, pytest prints each failure's text twice
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def read(folder: Path, variant: str = "reader") -> nbformat.NotebookNode:

@@ -64,7 +64,7 @@ CPU = ["--task", "listops", "--model", "mega", "--recipe", "cpu-5min"]
         ([*CPU, "--seed", "-1"], "--seed must be a whole number >= 0; got -1"),
         ([*CPU, "--data", "/no/such/folder"], "/no/such/folder"),
         ([*CPU, "--set", "data.trian=9"], "has no option 'trian'"),
-        ([*CPU, "--set", "data.source=sample"], "has 200 rows"),
+        ([*CPU, "--set", "data.source=sample"], "source='sample' is as it is"),
         ([*CPU, "--set", "model.dimm=3"], "cannot build mega for listops: mega has no setting 'dimm'"),
         ([*CPU, "--set", "model.norm=nrom"], "norm must be one of"),
         ([*CPU, "--set", "model.dim=wide"], "dim must be a whole number"),
