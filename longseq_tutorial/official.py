@@ -51,9 +51,6 @@ BLOCK = {f"mega.{ours}": f"mega_layer.{theirs}" for ours, theirs in LAYER.items(
 # The authors' models wrap the encoder twice: model.encoder.encoder.
 INSIDE = "encoder.encoder."
 CLASSIFIER = {
-    "encoder.embedding.table": INSIDE + "embed_tokens.embed",
-    "encoder.embedding.weight": INSIDE + "embed_tokens.weight",
-    "encoder.embedding.bias": INSIDE + "embed_tokens.bias",
     "encoder.final_norm.norm": INSIDE + "final_norm.norm",
     "encoder.final_norm.scale": INSIDE + "final_norm.norm.scalar",
     "head.hidden": "classifier.0.0",
@@ -118,10 +115,15 @@ def mega_classifier(state_dict: StateDict, *, task: str, **same: Any) -> Classif
     names = dict(CLASSIFIER)
     for i in range(layers):
         names |= {f"encoder.layers.{i}.{ours}": f"{INSIDE}layers.{i}.{theirs}" for ours, theirs in BLOCK.items()}
+    # Tokens are embedded by embed_tokens.embed.weight, numbers by embed_tokens.weight and embed_tokens.bias.
+    table = next((n for n in arrays if n.startswith(INSIDE + "embed_tokens.") and n.endswith(".weight")), "")
     if task in ("text", "retrieval"):
-        _need(arrays, f"{INSIDE}embed_tokens.embed.weight")
-        embedding: nn.Module = TokenEmbedding(arrays[f"{INSIDE}embed_tokens.embed.weight"].shape[0], config.dim)
+        _need(arrays, table or INSIDE + "embed_tokens.embed.weight")
+        names["encoder.embedding.table"] = table.removesuffix(".weight")
+        embedding: nn.Module = TokenEmbedding(arrays[table].shape[0], config.dim)
     else:
+        _need(arrays, table or INSIDE + "embed_tokens.weight")
+        names["encoder.embedding"] = table.removesuffix(".weight")
         embedding = SampleEmbedding(config.dim)
     final = Norm(config.norm, config.dim) if config.prenorm else None
     encoder = Encoder(embedding, [MegaBlock(config) for _ in range(layers)], final)
