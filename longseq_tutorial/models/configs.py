@@ -60,9 +60,7 @@ class MegaConfig:
     attention_dropout: float = 0.0  # on attention weights
     hidden_dropout: float = 0.0  # on values and inside the feed-forward layer
     head_dim: int = 256  # hidden width of the classifier's head; published: 2 D
-    patch: tuple[
-        tuple[int, int], ...
-    ] = ()  # (kernel, stride) stages that read a signal in patches; (): sample by sample
+    patch: tuple[tuple[int, int], ...] = ()  # (kernel, stride) stages that read a signal in patches; (): by sample
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -88,9 +86,7 @@ class TransformerConfig:
     causal: bool = False  # see the past only; needed for streaming
     dropout: float = 0.0  # on embeddings, attention weights, both sub-layers' outputs, head
     head_dim: int = 256  # hidden width of the classifier's head
-    patch: tuple[
-        tuple[int, int], ...
-    ] = ()  # (kernel, stride) stages that read a signal in patches; (): sample by sample
+    patch: tuple[tuple[int, int], ...] = ()  # (kernel, stride) stages that read a signal in patches; (): by sample
 
     def __post_init__(self) -> None:
         _check_common(self)

@@ -1,0 +1,45 @@
+"""Small models and made-up tasks, shared by the tests of the models."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AnyTask:
+    name: str = "made-up"
+    kind: str = "tokens"
+    classes: int = 4
+    vocabulary: int = 11
+    pairs: bool = False
+
+
+TOKENS, SAMPLES = AnyTask(), AnyTask(kind="samples", vocabulary=0)
+SMALL = {
+    "mega": dict(dim=8, layers=2, z_dim=4, v_dim=12, ffn_dim=10, n=3, head_dim=6, max_positions=64),
+    "mega-chunk": dict(dim=8, layers=2, z_dim=4, v_dim=12, ffn_dim=10, n=3, head_dim=6, chunk=5),
+    "transformer": dict(dim=8, layers=2, heads=2, ffn_dim=10, head_dim=6),
+}
+VARIANTS = [("mega", {}), ("mega-chunk", {}), ("transformer", {})] + [
+    (name, dict(attention=attention, norm=norm, prenorm=prenorm, bias=bias))
+    for name in ("mega", "mega-chunk")
+    for attention, norm, prenorm, bias in [
+        ("laplace", "batchnorm", True, "simple"),
+        ("relu2", "rmsnorm", True, "rotary"),
+        ("softmax", "scalenorm", False, "rotary"),
+    ]
+]
+
+
+def inputs(task, batch=3, length=13):
+    if task.kind == "tokens":
+        return torch.randint(1, task.vocabulary, (batch, length))
+    return torch.randn(batch, length, dtype=torch.float64)
+
+
+def randomised(module):
+    """Every parameter away from its initial value, so that every term matters."""
+    g = torch.Generator().manual_seed(0)
+    for p in module.parameters():
+        p.data = p.data + 0.3 * torch.randn(p.shape, generator=g)
+    return module.double().eval()

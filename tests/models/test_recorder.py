@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from longseq_tutorial.models import build, record
+from tests.models.any_task import SMALL, TOKENS, VARIANTS, inputs
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_recording_sees_weights_and_changes_nothing(name, options):
+    model = build(name, TOKENS, **SMALL[name], **options).double().eval()
+    x, mask = inputs(TOKENS), torch.arange(13).expand(3, 13) < 10
+    want = model(x, mask)
+    with record(model) as tape:
+        got = model(x, mask)
+    assert torch.equal(got, want)
+    weights = [tape[n] for n in tape.names("weights")]
+    assert len(weights) == 2
+    for w in weights:
+        assert not w.requires_grad
+        if options.get("attention", "softmax") == "softmax":
+            torch.testing.assert_close(w.sum(-1), torch.ones_like(w[..., 0]))
+    if name != "transformer":
+        assert len(tape.names("kernel_seen")) == len(tape.names("update_gate")) == 2
+    length = len(tape)
+    model(x, mask)
+    assert len(tape) == length and all(len(tape.all(n)) == 1 for n in tape)
+
+
+def test_recorder_says_what_it_knows():
+    with pytest.raises(ValueError, match="nothing to record"), record(torch.nn.Linear(2, 2)):
+        pass
+    model = build("mega", TOKENS, **SMALL["mega"])
+    with record(model) as tape:
+        model(inputs(TOKENS))
+    with pytest.raises(KeyError, match="names 2 recordings"):
+        tape["weights"]
+    assert "layers.1.mega.attention.weights" in tape
+    assert "encoder.layers.0.mega.attention.weights: 1 x (3, 13, 13)" in repr(tape)
