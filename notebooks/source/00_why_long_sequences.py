@@ -27,15 +27,13 @@
 
 # %%
 import math
-import os
-import time
 
 import matplotlib.pyplot as plt
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from longseq_tutorial.classroom import OKABE_ITO, below, fmt, growth_exponent, peak_memory, show, use_style
+from longseq_tutorial.classroom import OKABE_ITO, below, fmt, growth_exponent, peak_memory, quickest, show, use_style
 from longseq_tutorial.classroom.measure import Cost
 from longseq_tutorial.classroom.panels_wall import MECHANISMS, Layer, Wall, in_bytes, in_flops, memory, work
 from longseq_tutorial.mechanisms.chunking import chunk_attention
@@ -175,17 +173,9 @@ RIVALS = {  # name -> (what to run on q, k, v (1, 1, L, 64) and kernel (64, L), 
 }
 
 
-clock = time.perf_counter if os.name == "nt" else time.process_time  # Windows counts the latter in steps of 16 ms
-
-
-def cost(run, inputs, repeats):
-    """The processor seconds of the fastest of several runs, and the peak memory of one more."""
-    seconds = []
-    for _ in range(repeats):
-        start = clock()
-        run(*inputs)
-        seconds.append(clock() - start)
-    return Cost(max(min(seconds), 1e-6), peak_memory(lambda: run(*inputs)))
+def cost(run, inputs):
+    """The processor seconds of the fastest of several calls, and the peak memory of one more."""
+    return Cost(quickest(lambda: run(*inputs)), peak_memory(lambda: run(*inputs)))
 
 
 measured = {name: {} for name in RIVALS}  # name -> {length: Cost}
@@ -196,7 +186,7 @@ def measure(length):
     inputs = (*torch.randn(3, 1, 1, length, WIDTH), torch.randn(WIDTH, length))  # q, k, v, kernel
     for name, (run, longest) in RIVALS.items():
         if length <= longest:
-            measured[name][length] = cost(run, inputs, repeats=7 if length < 4096 else 2)
+            measured[name][length] = cost(run, inputs)
 
 
 torch.set_num_threads(1)  # one core: the work itself, not how it is shared out

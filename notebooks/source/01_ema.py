@@ -19,7 +19,6 @@
 
 # %%
 import math
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,7 +27,7 @@ import torch
 from torch.nn import functional as F
 
 import longseq_tutorial
-from longseq_tutorial.classroom import below, fmt, growth_exponent, peak_memory, show, use_style
+from longseq_tutorial.classroom import below, fmt, growth_exponent, peak_memory, quickest, show, use_style
 from longseq_tutorial.classroom.checks.ema import (
     check_causal_convolution,
     check_ema_block,
@@ -42,21 +41,6 @@ from longseq_tutorial.mechanisms.fft import good_length, long_convolution, long_
 
 use_style()
 torch.set_num_threads(1)  # everything here is small, and one core keeps the timings comparable
-
-# A core's own clock does not count the time it works for others; where it ticks too coarsely, the wall clock must do.
-fine = time.get_clock_info("process_time").resolution < 1e-5
-clock = time.process_time if fine else time.perf_counter
-
-
-def quickest(run, patience=0.1):
-    """Seconds of the fastest of at least two calls of run(); short ones are tried until `patience` is spent."""
-    seconds = []
-    while len(seconds) < 2 or sum(seconds) < patience:
-        start = clock()
-        run()
-        seconds.append(clock() - start)
-    return min(seconds)
-
 
 # %% [markdown]
 # ## One number that remembers
@@ -443,8 +427,9 @@ for length in (1, 2, 101, 513):
 # %% [markdown]
 # ## How it grows
 #
-# Three ways to the same numbers, timed on one core of this machine, up to 16,384 steps: the loop, the convolution as its definition
-# says it (every output a sum over all lags), and the FFT. Both axes are logarithmic, so that a power law is a
+# Three ways to the same numbers, timed on one core of this machine (the processor time of the fastest of several
+# runs), up to 16,384 steps: the loop, the convolution as its definition says it (every output a sum over all lags), and
+# the FFT. Both axes are logarithmic, so that a power law is a
 # straight line and its slope the exponent. Look at the slopes first, then at the heights.
 
 # %%

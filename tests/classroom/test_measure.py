@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from longseq_tutorial.classroom.measure import growth_exponent, peak_memory, time_and_memory
+from longseq_tutorial.classroom.measure import growth_exponent, peak_memory, quickest, time_and_memory
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0, 3.0])
@@ -128,3 +128,11 @@ def test_memory_on_a_gpu() -> None:
     x = torch.zeros(1 << 20, device="cuda")
     cost = time_and_memory(lambda: (x + 1) * 2, device="cuda")
     assert cost.bytes == 2 * 4 << 20
+
+
+def test_quickest_is_the_fastest_call_and_repeats_short_ones():
+    calls = []
+    seconds = quickest(lambda: calls.append(sum(range(2000))), patience=0.005)
+    assert len(calls) > 2 and seconds > 0
+    calls.clear()
+    assert quickest(lambda: calls.append(sum(range(200_000))), patience=0) > 0 and len(calls) == 2
