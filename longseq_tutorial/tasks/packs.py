@@ -82,17 +82,31 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write under another name, push it to the disk, then rename: the file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Write data into a folder that is made where it is missing, whole or not at all. Raises `DataError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, content)
     except OSError as error:
         raise DataError(f"cannot write {path} ({error.strerror}); free the disk or pass another root.") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write beside `path`, wait until it is on the disk, then give it its name in one step. Raises `OSError`.
+
+    Whoever reads `path`, at any moment and after any crash, finds the old content or the new, never a mixture.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
+from ..tasks.packs import replace_file
+
 NEWEST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
 
@@ -40,26 +42,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({**about, "sha256": _digest(plain, about)})
-    write_atomically(path, safetensors_torch.save(plain, {"about": text}))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, wait until it is on the disk, then give it its name in one step."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    replace_file(path, safetensors_torch.save(plain, {"about": text}))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,8 @@ from torch import nn
 
 from .. import models
 from ..tasks import TaskConfig
-from .checkpoint import CheckpointError, read_safetensors, write_atomically, write_safetensors
+from ..tasks.packs import replace_file
+from .checkpoint import CheckpointError, read_safetensors, write_safetensors
 
 
 class RecordError(ValueError):
@@ -102,7 +103,7 @@ def write_record(record: Record, model: nn.Module, folder: Path) -> Path:
     about = {"name": record.name, "model": record.model, "config": record.config, "task": record.task}
     write_safetensors(folder / f"{record.name}.safetensors", weights, about)
     path = folder / f"{record.name}.json"
-    write_atomically(path, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
+    replace_file(path, (json.dumps(dataclasses.asdict(record), indent=1) + "\n").encode())
     return path
 
 
