@@ -268,6 +268,9 @@ print("           ", f"{right} of {record.sequences['test']} clips; standard err
 # What the figure of the last line is *not*: a measure of how well the model understands strangers. The official split
 # divides takes, not people; the same six speakers are heard in training and in the test.
 #
+# And "once" holds for this run alone. While the recipe was being found, the test figures of a few earlier tries were
+# seen too, and so the test is not quite as fresh as it sounds. A record cannot tell you that; its authors have to.
+#
 # In the next figure look at the distance between the two curves: training is measured on clips that are altered at
 # random (faster, slower, shifted, louder, softer, in noise) where the recipe asks for it, validation on clips as they
 # are.
