@@ -98,20 +98,21 @@ class Classifier(nn.Module):
 class PairClassifier(nn.Module):
     """Two sequences, one label: both through the same encoder (two towers), then the head on ``[second, first]``.
 
-    Mega joins just the two vectors, in this order; SeqBoat adds their product and difference, so their published
-    figures for Retrieval come from different heads.
+    Mega joins just the two vectors, in this order. SeqBoat's ``nli_head`` adds two more, ``second * first`` and
+    ``second - first``, so their published figures for Retrieval come from different heads.
     """
 
-    def __init__(self, encoder: Encoder, head: Head) -> None:
+    def __init__(self, encoder: Encoder, head: Head, nli_head: bool = False) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.head, self.nli_head = encoder, head, nli_head
         self.pooled = nn.Identity()
 
     def forward(self, x1: Tensor, x2: Tensor, *, mask1: Tensor | None = None, mask2: Tensor | None = None) -> Tensor:
         """``x1 (B, L1)``, ``x2 (B, L2)`` and their masks; returns logits ``(B, classes)``."""
         first = mean_pool(*self.encoder(x1, mask1))
         second = mean_pool(*self.encoder(x2, mask2))
-        return self.head(self.pooled(torch.cat([second, first], dim=-1)))
+        features = [second, first, second * first, second - first] if self.nli_head else [second, first]
+        return self.head(self.pooled(torch.cat(features, dim=-1)))
 
 
 def _streaming(module: nn.Module) -> Any:

@@ -7,6 +7,7 @@ learning rate are decided here, and what surrounds the loop (checkpoints, progre
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,20 +63,39 @@ def fit(
     if finished is not None:
         return finished
     with Interrupt() as interrupt, reproducible(run.device), run.bar(progress):
-        if run.progress.update == 0:
-            run.add_row(valid=evaluate_run(run, task.valid))  # chance level, and proof that evaluation works
+
+        def stop() -> str:
+            # However short the time, a session gets one thing done, so that many short ones reach the end.
+            return "interrupt" if interrupt.seen else "time" if run.late and run.moved else ""
+
+        def save_and_stop(wish: str) -> Unfinished:
+            run.save()
+            return Unfinished(wish, run.progress.update, run.total, run.folder)
+
+        def validate() -> None:
+            """Add the row of this update. An evaluation that was cut short is made anew by the next session."""
+            valid = evaluate_run(run, task.valid, stop) if run.validation_due else None
+            if run.validation_due and valid is None:
+                raise save_and_stop(run.agree(stop()))
+            run.add_row(valid)
+
+        if run.row_due:  # update 0: chance level, and proof that evaluation works
+            validate()
         for pieces in batches(run, workers):
-            score = train_update(run, pieces)
-            run.advance(score)
-            if run.epoch_ends or run.validation_due:
-                run.add_row(valid=evaluate_run(run, task.valid) if run.validation_due else None)
-            wish = run.agree("interrupt" if interrupt.seen else "time" if run.late else run.save_due(save_every))
-            if wish or run.done:
-                run.save()
+            run.advance(train_update(run, pieces))
+            if run.row_due:
+                validate()
+            wish = run.agree(stop() or run.save_due(save_every))
             if wish in ("time", "interrupt") and not run.done:
-                raise Unfinished(wish, run.progress.update, run.total, run.folder)
+                raise save_and_stop(wish)
+            if wish:
+                run.save()
+        run.save()  # before the weights of the best validation take the place of the last ones
         run.take_selected_weights()
-        return run.finish(test=evaluate_run(run, task.test))
+        test = evaluate_run(run, task.test, stop)
+        if test is None:
+            raise Unfinished(run.agree(stop()), run.progress.update, run.total, run.folder)
+        return run.finish(test)
 
 
 def load_task(recipe: Recipe, root: str | Path | None = None) -> Task:
@@ -156,27 +176,36 @@ def score(logits: Tensor, label: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, *, batch: int = 64, accelerator: Accelerator | None = None
-) -> dict[str, float]:
+    model: nn.Module,
+    split: Split,
+    *,
+    batch: int = 64,
+    accelerator: Accelerator | None = None,
+    stop: Callable[[], Any] | None = None,
+) -> dict[str, float] | None:
     """Mean cross entropy and accuracy of `model` on a whole split: {"loss": ..., "accuracy": ...}.
 
-    With an accelerator, several processes share the work and all get the result.
+    With an accelerator, several processes share the work and all get the result. `stop` is asked before every batch:
+    once it says something true to any process, all of them return None.
     """
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total = torch.zeros(3, device=device)
+    total = torch.zeros(4, device=device)  # loss, correct, sequences, and how many processes were stopped
     for part in evaluation_batches(split, batch, rank=rank, processes=processes):
+        if stop is not None and stop():
+            total[3] = 1
+            break
         part = to_device(part, device)
-        total += score(model(part.x, part.mask), part.label)
+        total[:3] += score(model(part.x, part.mask), part.label)
     model.train(training)
-    loss, correct, sequences = (accelerator.reduce(total) if accelerator else total).tolist()
-    return {"loss": loss / sequences, "accuracy": correct / sequences}
+    loss, correct, sequences, stopped = (accelerator.reduce(total) if accelerator else total).tolist()
+    return None if stopped else {"loss": loss / sequences, "accuracy": correct / sequences}
 
 
-def evaluate_run(run: Run, split: Split) -> dict[str, float]:
-    """`evaluate` the run's model, in batches no larger than training's."""
+def evaluate_run(run: Run, split: Split, stop: Callable[[], Any]) -> dict[str, float] | None:
+    """`evaluate` the run's model, in batches no larger than training's; None if stopped."""
     batch = run.recipe.batch // run.recipe.accumulate // run.accelerator.num_processes
     # The bare model: a wrapped one would wait for the other processes, which may have fewer batches.
-    return evaluate(run.bare_model, split, batch=max(1, batch), accelerator=run.accelerator)
+    return evaluate(run.bare_model, split, batch=max(1, batch), accelerator=run.accelerator, stop=stop)

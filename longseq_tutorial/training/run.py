@@ -89,6 +89,7 @@ class Run:
             weight_decay=recipe.weight_decay,
         )
         self.model, self.optimizer = self.accelerator.prepare(self.bare_model, optimizer)
+        self.start = (0, 0)  # updates and rows of the history when this session began
         self.rate = 0.0  # learning rate of the last update
         self.progress = Progress()
         self.best_weights: dict[str, Tensor] = {}
@@ -111,6 +112,17 @@ class Run:
     def validation_due(self) -> bool:
         """Whether to validate after this update."""
         return self.done or self.progress.update % (self.recipe.eval_every or self.per_epoch) == 0
+
+    @property
+    def row_due(self) -> bool:
+        """Whether the history still wants a row about this update."""
+        written = bool(self.progress.history) and self.progress.history[-1]["update"] == self.progress.update
+        return not written and (self.epoch_ends or self.validation_due)
+
+    @property
+    def moved(self) -> bool:
+        """Whether this session has made an update or written a row."""
+        return (self.progress.update, len(self.progress.history)) != self.start
 
     @property
     def late(self) -> bool:
@@ -235,6 +247,7 @@ class Run:
                 self._say(f"no checkpoint in {self.folder} yet: starting at the beginning")
             self._clear_folder()
         self.progress.sessions += 1
+        self.start = (self.progress.update, len(self.progress.history))
         return None
 
     def _clear_folder(self) -> None:

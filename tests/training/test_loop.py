@@ -96,6 +96,48 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(
     assert not checkpoint.exists(tmp_path / "parts" / whole.name), "a finished run needs no checkpoint"
 
 
+# Every evaluation has four batches: number 11 is in the validation after update 16, number 22 in the test.
+@pytest.mark.parametrize(("evaluated", "update"), [(2, 0), (11, 16), (22, 32)])
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_stopped_inside_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: int, update: int, select: str
+) -> None:
+    recipe = tiny.recipe(select=select, lr=0.1)
+    whole = train(tmp_path / "whole", recipe=recipe)
+    original, seen = loop.evaluation_batches, 0
+
+    def pressing(*args: Any, **options: Any) -> Any:
+        nonlocal seen
+        for part in original(*args, **options):
+            seen += 1
+            if seen == evaluated:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield part
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluation_batches", pressing)
+        with pytest.raises(Unfinished, match=f"after update {update} of 32") as stopped:
+            train(tmp_path / "parts", recipe=recipe)
+    assert stopped.value.why == "interrupt" and seen in (evaluated, evaluated + 1), "the evaluation did not go on"
+    resumed = train(tmp_path / "parts", recipe=recipe, resume=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert [row["valid"] for row in whole.history] == [row["valid"] for row in resumed.history]
+    assert whole.test == resumed.test
+
+
+def test_a_session_without_time_still_gets_one_thing_done(tmp_path: Path) -> None:
+    recipe, sessions = tiny.recipe(epochs=1), 0
+    while True:
+        sessions += 1
+        try:
+            record = train(tmp_path / "parts", recipe=recipe, max_seconds=0, resume=True)
+            break
+        except Unfinished as stopped:
+            assert stopped.why == "time" and sessions < 20
+    assert record.updates == 8 and record.sessions == sessions
+    assert record.test == train(tmp_path / "whole", recipe=recipe).test
+
+
 def test_the_best_weights_survive_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny.recipe(select="best", lr=0.3, eval_every=3)  # a rate too high: the last is not the best
     whole = train(tmp_path / "whole", recipe=recipe)
