@@ -1,0 +1,319 @@
+"""Linear recurrences computed block by block: small matrix products instead of a step at a time or an FFT.
+
+An EMA and a diagonal state space model are the same thing: per channel, a few numbers (the state) that decay and take
+in the input, and an output read off them. With N numbers of state and decay q, for one channel::
+
+    h[t] = q * h[t-1] + write * x[t]           y[t] = sum(read * h[t])
+
+Cut time into blocks of C steps. What a block's outputs owe to its own inputs is a Toeplitz matrix of the kernel's first
+C values; what they owe to everything earlier passes through the state that entered the block::
+
+    y_block = Toeplitz x_block + Read h_in          h_out = decay * h_in + Write x_block
+
+So a block costs ``C * (C + 2N)`` multiplications a channel, all in matrix products, and the whole sequence L/C times
+that: linear in L, with a state of N numbers to carry on from. Two-sided filters cost hardly more: the Toeplitz matrix
+is full instead of triangular, and a second state runs from the end.
+
+:func:`block_recurrence_plain` says this in a page of torch, all blocks at once. :func:`block_recurrence` computes the
+same numbers, gradients included, a stretch of about a megabyte at a time, so that what it works on stays in the
+processor's cache: on a CPU, writing to fresh memory costs more than the arithmetic.
+
+Letters: B batch, L length, D channels, N numbers of state, C block length, J = L // C blocks.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["BLOCK", "Tables", "block_recurrence", "block_recurrence_plain"]
+
+BLOCK = 64  # steps: long enough to keep the loop over blocks short, short enough that C * C stays cheap
+STRETCH = 2**20  # bytes of input worked on at once on a CPU: half of a common second-level cache
+
+
+class Tables(NamedTuple):
+    """What a recurrence does within and across a block of C steps; time runs away from the incoming state.
+
+    Attributes:
+        kernel: ``(D, C)``, what an input adds to the outputs 0 .. C-1 steps later.
+        read: ``(D, C, N)``, what the state that enters the block adds to each output.
+        write: ``(D, N, C)``, what each input leaves in the state at the end of the block.
+        decay: ``(D, N)``, what a whole block leaves of the state; or ``(D, N / 2)`` complex, where the state's numbers
+            are pairs (real, imaginary) next to each other.
+    """
+
+    kernel: Tensor
+    read: Tensor
+    write: Tensor
+    decay: Tensor
+
+
+def block_recurrence(
+    x: Tensor,
+    tables: Callable[[int], Tables],
+    reverse_tables: Callable[[int], Tables] | None = None,
+    state: Tensor | None = None,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """The outputs of a recurrence over ``x (B, L, D)``, and the state after its last step.
+
+    Args:
+        x: ``(B, L, D)``, L >= 1, of the dtype of the tables.
+        tables: block length -> :class:`Tables`; asked for ``block``, and for what is left of L when cut into blocks.
+        reverse_tables: the same for a second recurrence, which runs from the end; it sees the present too.
+        state: ``(B, D, N)``, what an earlier part of the sequence left behind; None for the beginning.
+        block: C. Any value gives the same numbers.
+
+    Returns:
+        ``y (B, L, D)`` and the state ``(B, D, N)``. With ``reverse_tables`` there is nothing to carry on from: the
+        state is that of the first recurrence at the end of the last block, filled up with zeros.
+    """
+    return _run(_Blocks.apply, x, tables, reverse_tables, state, block)
+
+
+def block_recurrence_plain(
+    x: Tensor,
+    tables: Callable[[int], Tables],
+    reverse_tables: Callable[[int], Tables] | None = None,
+    state: Tensor | None = None,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """The same as :func:`block_recurrence`, same arguments, with every block in memory at once."""
+    return _run(_blocks_plain, x, tables, reverse_tables, state, block)
+
+
+def _run(
+    blocks: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    tables: Callable[[int], Tables],
+    reverse_tables: Callable[[int], Tables] | None,
+    state: Tensor | None,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Cut the sequence into whole blocks and hand them to ``blocks``."""
+    if x.dim() != 3 or x.shape[1] < 1 or block < 1:
+        raise ValueError(f"wanted x (batch, length >= 1, dim) and block >= 1; got {tuple(x.shape)} and {block}.")
+    length = x.shape[1]
+    block = min(block, length)
+    whole = tables(block)
+    h = x.new_zeros(x.shape[0], x.shape[2], whole.write.shape[1]) if state is None else state  # (B, D, N)
+    h = h.transpose(0, 1)
+    if reverse_tables is not None:
+        if state is not None:
+            raise ValueError("A recurrence that also runs from the end has no state to go on from; got one.")
+        reverse = reverse_tables(block)
+        x = F.pad(x, (0, 0, 0, -length % block))  # silence after the end changes nothing before it
+        against = reverse.read.flip(1), reverse.write.flip(2), reverse.decay  # its time runs the other way
+        y, h = blocks(x, _toeplitz(whole, reverse), *whole[1:], *against, h)
+        return y[:, :length], h.transpose(0, 1)
+    head = length % block  # a few steps by themselves, so that the state at the end is the true one
+    parts = []
+    if head:
+        first = tables(head)
+        y, h = _blocks_plain(x[:, :head], _toeplitz(first, None), *first[1:], None, None, None, h)
+        parts.append(y)
+    y, h = blocks(x[:, head:], _toeplitz(whole, None), *whole[1:], None, None, None, h)
+    parts.append(y)
+    return torch.cat(parts, dim=1) if head else y, h.transpose(0, 1)
+
+
+def _toeplitz(forward: Tables, reverse: Tables | None) -> Tensor:
+    """``(D, C, C)``, row = output, column = input: the kernel of each distance on its diagonal."""
+    kernel = forward.kernel
+    steps = kernel.shape[1]
+    if reverse is None:
+        ahead, now = kernel.new_zeros(len(kernel), steps - 1), kernel[:, :1]
+    else:
+        ahead, now = reverse.kernel[:, 1:].flip(1), kernel[:, :1] + reverse.kernel[:, :1]
+    by_distance = torch.cat([ahead, now, kernel[:, 1:]], dim=1)  # (D, 2C - 1): distances -(C-1) .. C-1
+    i = torch.arange(steps, device=kernel.device)
+    return by_distance[:, i[:, None] - i + steps - 1]
+
+
+def _blocks_plain(
+    x: Tensor,
+    toeplitz: Tensor,
+    read: Tensor,
+    write: Tensor,
+    decay: Tensor,
+    read_back: Tensor | None,
+    write_back: Tensor | None,
+    decay_back: Tensor | None,
+    h: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Whole blocks of x ``(B, J*C, D)`` from the state h ``(D, B, N)`` on: outputs, and the state after the last."""
+    x = x.unflatten(1, (-1, toeplitz.shape[1])).permute(3, 1, 0, 2)  # (D, J, B, C)
+    entering, h = _scan(_times(x, write), decay, h)  # (D, J, B, N)
+    y = _times(x, toeplitz) + _times(entering, read)
+    if read_back is not None and write_back is not None and decay_back is not None:
+        written = _times(x, write_back).flip(1)
+        entering, _ = _scan(written, decay_back, torch.zeros_like(written[:, 0]))
+        y = y + _times(entering.flip(1), read_back)
+    return y.permute(2, 1, 3, 0).flatten(1, 2), h
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """``(D, J, B, in)`` times the transpose of ``(D, out, in)``: one matrix product a channel."""
+    return (x.flatten(1, 2) @ matrix.mT).unflatten(1, x.shape[1:3])
+
+
+def _scan(written: Tensor, decay: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """From what each block writes ``(D, J, B, N)``: the states that enter the blocks, and the last one."""
+    entering = []
+    for j in range(written.shape[1]):
+        entering.append(h)
+        h = _decayed(h, decay) + written[:, j]
+    return torch.stack(entering, dim=1), h
+
+
+def _decayed(h: Tensor, decay: Tensor) -> Tensor:
+    """The state ``(D, B, N)`` a block later, before anything new is written."""
+    if not decay.is_complex():
+        return h * decay.unsqueeze(1)
+    return torch.view_as_real(_pairs(h.contiguous()) * decay.unsqueeze(1)).flatten(-2)
+
+
+# ---- the same, a stretch at a time -----------------------------------------------------------------------------
+
+
+class _Blocks(torch.autograd.Function):
+    """Arguments and results of :func:`_blocks_plain`. Saved for the backward pass: x, and the state of each block.
+
+    The gradient is the same algebra mirrored in time: what an output is to the state that reads it, the gradient of a
+    written state is to the input. One pass over time carries the states that flow along with it; where a second
+    recurrence runs against it, a first pass the other way collects that one's states.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        toeplitz: Tensor,
+        read: Tensor,
+        write: Tensor,
+        decay: Tensor,
+        read_back: Tensor | None,
+        write_back: Tensor | None,
+        decay_back: Tensor | None,
+        h: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        work = _Stretches(x, toeplitz.shape[1])
+        states, reverse = work.states(write), None
+        if read_back is None or write_back is None or decay_back is None:
+            matrix = torch.cat([toeplitz, read], dim=2).mT
+        else:
+            matrix = torch.cat([toeplitz, read, read_back], dim=2).mT
+            reverse = work.states(write_back)
+            back = torch.zeros_like(reverse[:, 0])
+            for a, b in work.backwards():
+                back = _carry(reverse, a, b, work.take(x, a, b) @ write_back.mT, decay_back, back, reverse=True)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for a, b in work:
+            block = work.take(x, a, b)  # (D, j * B, C)
+            h = _carry(states, a, b, block @ write.mT, decay, h)
+            seen = torch.cat([block, *_rows(a, b, states, reverse)], dim=2)
+            work.put(y, a, b, seen @ matrix)
+        ctx.save_for_backward(x, toeplitz, read, write, decay, read_back, write_back, decay_back, states, reverse)
+        return y, h.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, toeplitz, read, write, decay, read_back, write_back, decay_back, states, reverse = ctx.saved_tensors
+        steps, width = toeplitz.shape[1], write.shape[1]
+        work = _Stretches(x, steps)
+        # A state's gradient flows against the state, and decays by the conjugate.
+        d_states, d_reverse = work.states(write), None
+        if reverse is None:
+            order, writes = work.backwards(), write
+        else:
+            order, writes = list(work), torch.cat([write, write_back], dim=1)
+            d_reverse = work.states(write_back)
+            d_back = torch.zeros_like(d_reverse[:, 0])
+            for a, b in work.backwards():
+                dh = _carry(d_states, a, b, work.take(dy, a, b) @ read, decay.conj(), dh, reverse=True)
+        matrix = torch.cat([toeplitz, writes], dim=1)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        d_reads = x.new_zeros(len(matrix), steps, matrix.shape[1])  # of the Toeplitz matrix and what reads states
+        d_writes = torch.zeros_like(writes)
+        for a, b in order:
+            block, d_block = work.take(x, a, b), work.take(dy, a, b)  # (D, j * B, C)
+            if d_reverse is None:
+                dh = _carry(d_states, a, b, d_block @ read, decay.conj(), dh, reverse=True)
+            else:
+                d_back = _carry(d_reverse, a, b, d_block @ read_back, decay_back.conj(), d_back)
+            d_seen = torch.cat([d_block, *_rows(a, b, d_states, d_reverse)], dim=2)
+            work.put(dx, a, b, d_seen @ matrix)
+            d_reads.baddbmm_(d_block.mT, torch.cat([block, *_rows(a, b, states, reverse)], dim=2))
+            d_writes.baddbmm_(d_seen[..., steps:].mT, block)
+        d_toeplitz, d_read, d_read_back = d_reads.tensor_split((steps, steps + width), dim=2)
+        d_write, d_write_back = d_writes.tensor_split((width,), dim=1)
+        d_decay = _grad_decay(d_states, states, decay)
+        if d_reverse is None:
+            return dx, d_toeplitz, d_read, d_write, d_decay, None, None, None, dh
+        d_decay_back = _grad_decay(d_reverse, reverse, decay_back)
+        return dx, d_toeplitz, d_read, d_write, d_decay, d_read_back, d_write_back, d_decay_back, dh
+
+
+class _Stretches:
+    """Cuts ``(B, J*C, D)`` into stretches of whole blocks, small enough for the cache; iterates as block ranges."""
+
+    def __init__(self, x: Tensor, block: int) -> None:
+        self.batch, length, self.dim = x.shape
+        self.block, self.blocks = block, length // block
+        bytes_a_block = self.batch * self.dim * block * x.element_size()
+        self.size = max(1, STRETCH // bytes_a_block) if x.device.type == "cpu" else self.blocks
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((a, min(a + self.size, self.blocks)) for a in range(0, self.blocks, self.size))
+
+    def backwards(self) -> list[tuple[int, int]]:
+        return list(self)[::-1]
+
+    def states(self, write: Tensor) -> Tensor:
+        """Room for the state at each block, ``(D, J, B, N)``."""
+        return write.new_empty(self.dim, self.blocks, self.batch, write.shape[1])
+
+    def take(self, x: Tensor, a: int, b: int) -> Tensor:
+        """Blocks a .. b-1, channels first: ``(D, (b - a) * B, C)``."""
+        blocks = x[:, a * self.block : b * self.block].unflatten(1, (b - a, self.block))  # (B, j, C, D)
+        return blocks.permute(3, 1, 0, 2).reshape(self.dim, -1, self.block)
+
+    def put(self, y: Tensor, a: int, b: int, values: Tensor) -> None:
+        """The reverse of `take`."""
+        there = y[:, a * self.block : b * self.block].unflatten(1, (b - a, self.block))
+        there.copy_(values.view(self.dim, b - a, self.batch, self.block).permute(2, 1, 3, 0))
+
+
+def _rows(a: int, b: int, *states: Tensor | None) -> list[Tensor]:
+    """The states at blocks a .. b-1 as rows ``(D, (b - a) * B, N)``, of those that there are."""
+    return [each[:, a:b].flatten(1, 2) for each in states if each is not None]
+
+
+def _carry(
+    states: Tensor, a: int, b: int, written: Tensor, decay: Tensor, h: Tensor, *, reverse: bool = False
+) -> Tensor:
+    """Write into ``states`` the state h that enters each of the blocks a .. b-1; return the one after the last."""
+    written = written.view(states.shape[0], b - a, *states.shape[2:])
+    if decay.is_complex():
+        states, written, h = _pairs(states), _pairs(written), _pairs(h)
+    decay = decay.unsqueeze(1)
+    for j in range(b - a - 1, -1, -1) if reverse else range(b - a):
+        states[:, a + j] = h
+        h = torch.addcmul(written[:, j], decay, h)
+    return torch.view_as_real(h).flatten(-2) if h.is_complex() else h
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Numbers next to each other as complex ones: ``(.., 2n) -> (.., n)``."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def _grad_decay(d_states: Tensor, states: Tensor, decay: Tensor) -> Tensor:
+    """A block multiplies its state by the decay: sum of (gradient of what leaves) * conj(what enters)."""
+    if decay.is_complex():
+        d_states, states = _pairs(d_states), _pairs(states)
+    return (d_states * states.conj()).sum((1, 2))
