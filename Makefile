@@ -6,7 +6,7 @@ PORT   ?= 8888
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu saves a download of some gigabytes. What torch itself needs
 # comes from the usual place.
 TORCH_INDEX ?=
-# Stages for `make test`, all when empty: ruff format mypy tests notebooks
+# Stages for `make test`, all when empty: ruff format mypy tests notebooks; or cases for `make bench`, such as "ema s4d"
 ONLY ?=
 # Further options for `make train`, such as --task listops
 ARGS ?=
@@ -25,7 +25,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test course notebooks train doctor clean FORCE
+.PHONY: help lab test course notebooks train bench doctor clean FORCE
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [PORT=8888] [TORCH_INDEX=URL] [ONLY='ruff tests']"
@@ -50,6 +50,9 @@ notebooks: $(STAMP) ## build the notebooks from notebooks/source, executed (for 
 
 train: $(STAMP) ## train Mega on spoken digits in about five minutes (ARGS= passes other options)
 	@$(PY) -m longseq_tutorial.train $(or $(ARGS),--task speech --model mega --recipe cpu-5min)
+
+bench: $(STAMP) ## measure time, memory and growth of every mechanism (ONLY= picks some; takes half an hour)
+	@$(PY) -m benchmarks $(ONLY)
 
 doctor: ## say what is wrong with the environment, and how to mend it
 	@if [ -x $(PY) ]; then $(PY) -m longseq_tutorial.doctor; else $(PYTHON) -m longseq_tutorial.doctor; fi
