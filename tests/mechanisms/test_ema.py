@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from longseq_tutorial.mechanisms.ema import DampedEMA, decay_powers, ema_fft, ema_kernel, ema_recurrent
+from longseq_tutorial.mechanisms.ema import DampedEMA, decay_powers, ema_blocks, ema_fft, ema_kernel, ema_recurrent
 from tests import golden_numbers as golden
 
 ODD_LENGTHS = [1, 2, 3, 17, 64, 101]
@@ -37,27 +37,29 @@ def module_of(arrays, bidirectional, truncation=None):
 
 @pytest.mark.parametrize("length", ODD_LENGTHS)
 @pytest.mark.parametrize("n", [1, 4])
-def test_recurrence_equals_fft_with_gradients(length, n):
+def test_recurrence_equals_fft_and_blocks_with_gradients(length, n):
     x = torch.randn(2, length, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(length))
     weight = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
-    for form in (lambda *a: ema_recurrent(*a)[0], ema_fft):
+    for form in (lambda *a: ema_recurrent(*a)[0], ema_fft, lambda *a: ema_blocks(*a)[0]):
         inputs = [t.clone().requires_grad_() for t in (x, *coefficients(3, n))]
         y = form(*inputs)
         results.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])
-    for slow, fast in zip(*results, strict=True):
-        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-11)
+    for slow, fft, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(fft, slow, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(blocks, slow, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("form", [ema_recurrent, ema_blocks])
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 10_000))
-def test_state_carries_over_any_cut(first, second, seed):
+@given(first=st.integers(1, 150), second=st.integers(0, 150), seed=st.integers(0, 10_000))
+def test_state_carries_over_any_cut(form, first, second, seed):
     x = torch.randn(1, first + second, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     c = coefficients(2, 3, seed)
     whole, last = ema_recurrent(x, *c)
-    y1, state = ema_recurrent(x[:, :first], *c)
+    y1, state = form(x[:, :first], *c)
     if second:
-        y2, state = ema_recurrent(x[:, first:], *c, state=state)
+        y2, state = form(x[:, first:], *c, state=state)
         y1 = torch.cat([y1, y2], dim=1)
     torch.testing.assert_close(y1, whole)
     torch.testing.assert_close(state, last)
@@ -151,6 +153,28 @@ def test_step_equals_parallel(length):
         steps.append(y)
     torch.testing.assert_close(torch.stack(steps, 1), ema(x), rtol=0, atol=1e-12)
     assert state.shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("length", ODD_LENGTHS)
+def test_blocks_equal_the_kernel_cut_after_everything(bidirectional, length):
+    """A truncated EMA goes through the FFT, a whole one through blocks; cut after L lags they are the same."""
+    ema = DampedEMA(3, 5, bidirectional).double()
+    x = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, length, 3, dtype=torch.float64)
+    results = []
+    for ema.truncation in (None, length):
+        y = ema(x)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), [x, *ema.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_the_future_never_touches_the_past_not_even_by_rounding():
+    ema, x = DampedEMA(4), torch.randn(1, 200, 4)
+    want = ema(x)[:, :131].clone()
+    x[:, 131:] = 1e6
+    assert torch.equal(ema(x)[:, :131], want)
 
 
 def test_bidirectional_is_symmetric():
