@@ -1,18 +1,44 @@
-"""Attention inside chunks: cut the sequence into blocks, attend within each, never across.
+"""Attention to a part of the sequence: within chunks, or within a window that slides along.
 
-The cost falls from ``L**2`` to ``L * chunk``. What is lost is everything that crosses a border; in Mega-chunk the EMA
-beneath carries it across. Source: Ma et al., "Mega", ICLR 2023, section 3.5 (Mega-chunk).
+*Chunks* cut the sequence into blocks and attend within each, never across. The cost falls from ``L**2`` to
+``L * chunk``; what is lost is everything that crosses a border, and in Mega-chunk the EMA beneath carries it across.
+Source: Ma et al., "Mega", ICLR 2023, section 3.5 (Mega-chunk).
 
-Letters: B batch, H heads, L length, C chunk length, N = ceil(L / C) chunks, z and v widths.
+A *window* slides: query i sees the keys at a distance of at most ``window``, so there are no borders, and each layer
+passes news on by ``window`` positions. As blocks it is three shifted views of the keys, the block before, the query's
+own and the next, and again one call. That is how LongT5 (Guo et al., 2022) and SPADE (Zuo et al., 2022) compute local
+attention; SPADE adds T5's bias, one learned number for a *bucket* of distances.
+
+Letters: B batch, H heads, L length, C block length, N = ceil(L / C) blocks, K keys a block sees (2C or 3C), w window,
+z and v widths.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["chunk_attention", "fused_attention", "split_chunks"]
+__all__ = [
+    "BucketedBias",
+    "chunk_attention",
+    "chunk_attention_slow",
+    "chunk_step",
+    "fused_attention",
+    "split_chunks",
+    "t5_bucket",
+    "window_attention",
+    "window_attention_slow",
+    "window_step",
+]
+
+Attend = Callable[..., Tensor]
+Watcher = Callable[[Tensor], Tensor]
+Cache = tuple[Tensor, Tensor]  # the keys (..., seen, z) and values (..., seen, v) a stream still remembers
+
+
+# ---- chunks ----------------------------------------------------------------------------------------------------------
 
 
 def split_chunks(x: Tensor, chunk: int, axis: int = -2) -> Tensor:
@@ -34,10 +60,13 @@ def chunk_attention(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
-    on_weights: Callable[[Tensor], Tensor] | None = None,
-    attend: Callable[..., Tensor] | None = None,
+    on_weights: Watcher | None = None,
+    attend: Attend | None = None,
 ) -> Tensor:
     """Attention within consecutive blocks of ``chunk`` positions, as one call on a reshaped batch.
+
+    The blocks are counted from position 0. Padding on the right touches no real token; padding on the left shifts the
+    borders, and so changes who sees whom.
 
     Args:
         q, k: ``(..., L, z)``; v: ``(..., L, v)``. Any L: a last block that is not full is padded and masked here.
@@ -51,24 +80,11 @@ def chunk_attention(
     Returns:
         ``(..., L, v)``.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1; got {chunk}.")
-    if q.dim() < 2 or q.shape != k.shape or v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(
-            f"q and k must be (..., L, z) alike and v (..., L, v); got {[tuple(t.shape) for t in (q, k, v)]}."
-        )
+    mask, block = _check_chunk(q, k, v, chunk, bias, mask)
     length = q.shape[-2]
     if mask is not None:
-        if mask.dtype != torch.bool or mask.shape[-1] != length or mask.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"mask must be bool (batch, length) = {(q.shape[0], length)}, True where the token is real; "
-                f"got {mask.dtype} {tuple(mask.shape)}."
-            )
-        mask = mask.view(mask.shape[0], *(1,) * (q.dim() - 1 - mask.dim()), *mask.shape[1:]).expand(q.shape[:-1])
-    block = min(chunk, length)
-    if bias is not None and bias.shape[-2:] != (block, block):
-        raise ValueError(f"bias must end in (block, block) = {(block, block)}; got {tuple(bias.shape)}.")
-    if mask is None and length % block:
+        mask = mask.expand(q.shape[:-1])
+    elif length % block:
         mask = torch.ones(q.shape[:-1], dtype=torch.bool, device=q.device)  # the fill of the last block is not real
     q, k, v = (split_chunks(x, block) for x in (q, k, v))  # (..., N, C, ·)
     if mask is not None:
@@ -76,6 +92,259 @@ def chunk_attention(
     attend = fused_attention if attend is None else attend
     y = attend(q, k, v, function=function, bias=bias, mask=mask, causal=causal, on_weights=on_weights)
     return y.flatten(-3, -2)[..., :length, :]
+
+
+def chunk_attention_slow(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: int,
+    *,
+    function: str = "softmax",
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    on_weights: Watcher | None = None,
+    attend: Attend | None = None,
+) -> Tensor:
+    """One block after the other. The reference for :func:`chunk_attention`; same arguments, same result."""
+    mask, block = _check_chunk(q, k, v, chunk, bias, mask)
+    attend = fused_attention if attend is None else attend
+    parts = []
+    for start in range(0, q.shape[-2], block):
+        inside = slice(start, start + block)  # the last one may be shorter
+        qc, kc, vc = (x[..., inside, :] for x in (q, k, v))
+        size = qc.shape[-2]
+        parts.append(
+            attend(
+                qc,
+                kc,
+                vc,
+                function=function,
+                bias=None if bias is None else bias[..., :size, :size],
+                mask=None if mask is None else mask[..., inside].expand(qc.shape[:-1]),
+                causal=causal,
+                on_weights=on_weights,
+            )
+        )
+    return torch.cat(parts, dim=-2)
+
+
+def chunk_step(
+    q_t: Tensor,
+    k_t: Tensor,
+    v_t: Tensor,
+    state: Cache | None,
+    chunk: int,
+    bias: Tensor | None = None,
+    *,
+    function: str = "softmax",
+    attend: Attend | None = None,
+) -> tuple[Tensor, Cache]:
+    """One time step of causal chunk attention; equal to :func:`chunk_attention` with ``causal=True``.
+
+    Args:
+        q_t, k_t: ``(..., z)``; v_t: ``(..., v)``.
+        state: what the last step returned; None at the beginning. At a border everything is forgotten, so it never
+            holds more than ``chunk`` keys and values.
+        bias: ``(C, C)``.
+
+    Returns:
+        ``y_t (..., v)`` and the new state.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1; got {chunk}.")
+    if bias is not None and bias.shape[-2:] != (chunk, chunk):
+        raise ValueError(f"bias must end in (chunk, chunk) = {(chunk, chunk)}; got {tuple(bias.shape)}.")
+    full = state is not None and state[0].shape[-2] == chunk
+    keys, values = _remember(None if full else state, k_t, v_t)
+    seen = keys.shape[-2]
+    row = None if bias is None else bias[..., seen - 1 : seen, :seen]  # (..., 1, seen)
+    return _attend_one(q_t, keys, values, row, function, attend), (keys, values)
+
+
+# ---- a window that slides --------------------------------------------------------------------------------------------
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    function: str = "softmax",
+    on_weights: Watcher | None = None,
+    attend: Attend | None = None,
+) -> Tensor:
+    """Query i attends to the keys j with ``|i - j| <= window``; causal: ``0 <= i - j <= window``.
+
+    Cut into blocks as long as the window, a query finds all its keys in three blocks: the one before its own, its own
+    and the next (causal: the first two). So the keys are three shifted views of the same blocks side by side, and one
+    call attends ``N`` blocks of ``(C, 3C)`` scores: ``3 w L`` numbers, never ``L * L``. Which of them lie in the window
+    depends on key minus query alone.
+
+    Args:
+        q, k: ``(..., L, z)``; v: ``(..., L, v)``. Any L, also shorter than the window.
+        window: w >= 0, how far a query sees to each side; ``2w + 1`` keys, itself among them (causal: ``w + 1``).
+        bias: a number for every distance, ``(2w + 1,)`` or ``(H, 2w + 1)`` for q ``(..., H, L, z)``: key j - query i
+            stands at index ``(j - i) + w``, so index w is the query's own position, smaller ones lie in the past.
+        mask: bool, ``(..., L)`` or ``(B, L)`` for q of more leading axes; True where the token is real. Padding never
+            changes what a real token gets, on whichever side it is.
+        causal: look at the past and the present only.
+        function, on_weights: handed to ``attend``.
+        attend: what to do with a block of queries and its keys; default :func:`fused_attention`, which knows softmax
+            only. For laplace and relu2 hand in :func:`longseq_tutorial.mechanisms.gated_attention.attend`. It gets
+            q ``(..., N, C, z)``, k and v ``(..., N, K, ·)`` and a mask for each pair, ``(..., N, C, K)``.
+
+    Returns:
+        ``(..., L, v)``. A hidden key gets a weight of exactly 0. (Under softmax a padded query that sees nothing real
+        reads itself.)
+    """
+    real = _check_window(q, k, v, window, bias, mask)
+    length = q.shape[-2]
+    reach = min(window, length - 1)  # beyond the sequence there is nothing to see
+    block = max(reach, 1)
+    width = (2 if causal else 3) * block  # K
+    offset = torch.arange(block + width - 1, device=q.device) - (2 * block - 1)  # every key minus query in this view
+    inside = (offset.abs() <= reach) & ((offset <= 0) | (not causal))
+
+    visible = _neighbours(split_chunks(real.unsqueeze(-1), block), causal).mT  # (..., N, 1, K): not padding, not fill
+    visible = visible & _along_diagonals(inside, block)  # (..., N, C, K)
+    if mask is not None and function == "softmax":  # weights sum to 1: a query that sees nothing reads itself
+        visible = visible | (~visible.any(-1, keepdim=True) & _along_diagonals(offset == 0, block))
+    if bias is not None:
+        bias = bias[..., window - reach : window + reach + 1]
+        bias = F.pad(bias, (2 * block - 1 - reach, width - block - 1 - reach))  # one number for each of `offset`
+        bias = _along_diagonals(bias, block).unsqueeze(-3)  # (1, C, K) or (H, 1, C, K): the same in every block
+
+    q = split_chunks(q, block)  # (..., N, C, z)
+    k, v = (_neighbours(split_chunks(x, block), causal) for x in (k, v))  # (..., N, K, ·)
+    attend = fused_attention if attend is None else attend
+    y = attend(q, k, v, function=function, bias=bias, mask=visible, causal=False, on_weights=on_weights)
+    return y.flatten(-3, -2)[..., :length, :]
+
+
+def window_attention_slow(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    function: str = "softmax",
+    on_weights: Watcher | None = None,
+    attend: Attend | None = None,
+) -> Tensor:
+    """One query after the other, over the keys in its window. The reference for :func:`window_attention`.
+
+    Same arguments, same result; ``on_weights`` sees the row of one query at a time.
+    """
+    real = _check_window(q, k, v, window, bias, mask)
+    attend = fused_attention if attend is None else attend
+    length, rows = q.shape[-2], []
+    for i in range(length):
+        first, last = max(0, i - window), i if causal else min(length - 1, i + window)
+        seen = slice(first, last + 1)
+        visible = real[..., None, seen]  # (..., 1, keys)
+        if function == "softmax":
+            itself = torch.arange(first, last + 1, device=q.device) == i
+            visible = visible | (~visible.any(-1, keepdim=True) & itself)
+        row = None if bias is None else bias[..., None, first - i + window : last - i + window + 1]
+        rows.append(
+            attend(
+                q[..., i : i + 1, :],
+                k[..., seen, :],
+                v[..., seen, :],
+                function=function,
+                bias=row,
+                mask=visible,
+                causal=False,
+                on_weights=on_weights,
+            )
+        )
+    return torch.cat(rows, dim=-2)
+
+
+def window_step(
+    q_t: Tensor,
+    k_t: Tensor,
+    v_t: Tensor,
+    state: Cache | None,
+    window: int,
+    bias: Tensor | None = None,
+    *,
+    function: str = "softmax",
+    attend: Attend | None = None,
+) -> tuple[Tensor, Cache]:
+    """One time step of causal window attention; equal to :func:`window_attention` with ``causal=True``.
+
+    Args:
+        q_t, k_t: ``(..., z)``; v_t: ``(..., v)``.
+        state: what the last step returned; None at the beginning. It holds the last ``window`` keys and values, oldest
+            first: as one comes in, the oldest goes.
+        bias: ``(2w + 1,)`` or ``(H, 2w + 1)``, as in :func:`window_attention`.
+
+    Returns:
+        ``y_t (..., v)`` and the new state.
+    """
+    _check_table(q_t.unsqueeze(-2), window, bias)
+    keys, values = _remember(state, k_t, v_t)
+    seen = keys.shape[-2]
+    row = None if bias is None else bias[..., None, window + 1 - seen : window + 1]  # (..., 1, seen)
+    y = _attend_one(q_t, keys, values, row, function, attend)
+    drop = max(0, seen - window)
+    return y, (keys[..., drop:, :], values[..., drop:, :])
+
+
+def _neighbours(blocks: Tensor, causal: bool) -> Tensor:
+    """Each block with the one before it and, unless causal, the one after: ``(..., N, C, d) -> (..., N, K, d)``.
+
+    Before the first block and after the last stand zeros.
+    """
+    count = blocks.shape[-3]
+    shifts = 2 if causal else 3
+    padded = F.pad(blocks, (0, 0, 0, 0, 1, shifts - 2))
+    return torch.cat([padded[..., s : s + count, :, :] for s in range(shifts)], dim=-2)
+
+
+def _along_diagonals(line: Tensor, block: int) -> Tensor:
+    """Lay one number for each offset, ``(..., C + K - 1)``, along the diagonals of ``(..., C, K)``.
+
+    Neighbouring rows are neighbouring windows of the line: row i, column m holds entry ``C - 1 - i + m``.
+    """
+    return line.unfold(-1, line.shape[-1] - block + 1, 1).flip(-2)
+
+
+# ---- streaming: what both steps share --------------------------------------------------------------------------------
+
+
+def _remember(state: Cache | None, k_t: Tensor, v_t: Tensor) -> Cache:
+    """The caches with the newest key and value at their end."""
+    new = (k_t.unsqueeze(-2), v_t.unsqueeze(-2))
+    if state is None:
+        return new
+    keys, values = (torch.cat([old.to(x.dtype), x], dim=-2) for old, x in zip(state, new, strict=True))
+    return keys, values
+
+
+def _attend_one(
+    q_t: Tensor, keys: Tensor, values: Tensor, row: Tensor | None, function: str, attend: Attend | None
+) -> Tensor:
+    """One query ``(..., z)`` against everything remembered: ``(..., v)``."""
+    visible = torch.ones((1,) * (keys.dim() - 2) + (1, keys.shape[-2]), dtype=torch.bool, device=keys.device)
+    attend = fused_attention if attend is None else attend
+    y = attend(
+        q_t.unsqueeze(-2), keys, values, function=function, bias=row, mask=visible, causal=False, on_weights=None
+    )
+    return y.squeeze(-2)
+
+
+# ---- one call ----------------------------------------------------------------------------------------------------
 
 
 def fused_attention(
@@ -87,11 +356,12 @@ def fused_attention(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool = False,
-    on_weights: Callable[[Tensor], Tensor] | None = None,
+    on_weights: Watcher | None = None,
 ) -> Tensor:
     """Softmax attention through torch's fused call; arguments and result as in ``gated_attention.attend``.
 
-    The fused call never shows its weights: ``on_weights`` must be None and ``function`` "softmax".
+    The fused call never shows its weights: ``on_weights`` must be None and ``function`` "softmax". A mask with as many
+    axes as q, ``(..., queries, keys)``, says for each pair whether it is seen; every query must then see something.
     """
     if function != "softmax" or on_weights is not None:
         raise ValueError(
@@ -103,7 +373,9 @@ def fused_attention(
     length = q.shape[-2]
     past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if causal else None
     allowed = past
-    if mask is not None:
+    if mask is not None and mask.dim() == q.dim():
+        allowed = mask if past is None else mask & past
+    elif mask is not None:
         allowed = mask.unsqueeze(-2) if past is None else mask.unsqueeze(-2) & past  # (..., C or 1, C)
         nothing = ~allowed.any(-1, keepdim=True)  # only padding in sight: let it look at the padding, nobody reads it
         allowed = allowed | (nothing if past is None else nothing & past)
@@ -113,3 +385,130 @@ def fused_attention(
     if allowed is not None:
         offset = offset.masked_fill(~allowed, -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=offset)
+
+
+# ---- T5's buckets, SPADE's bias --------------------------------------------------------------------------------------
+
+
+def t5_bucket(offset: Tensor, buckets: int = 32, max_distance: int = 128, bidirectional: bool = True) -> Tensor:
+    """The bucket of each offset key minus query: near distances one by one, far ones in ever wider classes.
+
+    With n the distance and ``half = buckets / 2`` (causal), the first half of the buckets hold one distance each,
+    ``n = 0, 1, .., half - 1``; the others grow by a constant factor up to ``max_distance``, and the last holds
+    everything beyond::
+
+        bucket = half + floor(log(n / half) / log(max_distance / half) * (buckets - half))
+
+    Causal: keys in the future fall into bucket 0. Bidirectional: one half of the buckets for each direction, shared out
+    like that; the upper half is for keys after the query.
+
+    Args:
+        offset: whole numbers j - i, any shape.
+        buckets: how many; even, at least 2 (bidirectional: a multiple of 4).
+        max_distance: from here on all distances share a bucket; larger than the number of exact ones.
+
+    Returns:
+        int64 in 0 .. buckets - 1, the shape of ``offset``. Source: Raffel et al., "T5", JMLR 2020, and its code.
+    """
+    share = buckets // 2 if bidirectional else buckets  # buckets for one direction
+    exact = share // 2
+    if share < 2 or buckets % (4 if bidirectional else 2) or max_distance <= exact:
+        raise ValueError(
+            f"wanted an even number of buckets in each direction, and max_distance above the {exact} distances that "
+            f"have a bucket of their own; got buckets={buckets}, max_distance={max_distance}, "
+            f"bidirectional={bidirectional}."
+        )
+    if offset.is_floating_point() or offset.dtype == torch.bool:
+        raise ValueError(f"offset must be whole numbers, key minus query; got {offset.dtype}. Pass offset.long().")
+    offset = offset.long()
+    distance = offset.abs() if bidirectional else (-offset).clamp(min=0)
+    factors = torch.log(distance.clamp(min=1).double() / exact) / math.log(max_distance / exact)
+    wide = exact + (factors * (share - exact) + 1e-9).long()  # 1e-9: on a boundary no machine rounds below it
+    bucket = torch.where(distance < exact, distance, wide.clamp(max=share - 1))
+    return bucket + share * (offset > 0) if bidirectional else bucket
+
+
+class BucketedBias(nn.Module):
+    """T5's relative bias for a window: a learned number for every head and bucket of distances.
+
+    ``window_attention(q, k, v, w, bias=BucketedBias(H)(w))``. However wide the window, there are ``buckets * H``
+    numbers to learn.
+
+    Args:
+        heads: H.
+        buckets, max_distance, bidirectional: see :func:`t5_bucket`. ``bidirectional=False`` spends no buckets on the
+            future, so it is for causal attention.
+
+    Parameter ``table (buckets, heads)``, laid out as in T5 and SPADE's published code.
+    """
+
+    def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = True) -> None:
+        super().__init__()
+        if heads < 1:
+            raise ValueError(f"BucketedBias wanted heads >= 1; got {heads}.")
+        t5_bucket(torch.zeros(1, dtype=torch.long), buckets, max_distance, bidirectional)  # refuses what cannot be
+        self.buckets, self.max_distance, self.bidirectional = buckets, max_distance, bidirectional
+        self.table = nn.Parameter(torch.empty(buckets, heads))
+        nn.init.normal_(self.table, std=0.02)
+
+    def forward(self, window: int) -> Tensor:
+        """The bias ``(H, 2 * window + 1)``, key minus query from -window to window."""
+        offset = torch.arange(-window, window + 1, device=self.table.device)
+        return self.table[t5_bucket(offset, self.buckets, self.max_distance, self.bidirectional)].T
+
+    def extra_repr(self) -> str:
+        heads = self.table.shape[1]
+        return f"{heads}, buckets={self.buckets}, max_distance={self.max_distance}, bidirectional={self.bidirectional}"
+
+
+# ---- what the doors refuse -------------------------------------------------------------------------------------------
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask with as many axes as ``q[..., 0]``, its missing ones (heads) of size 1."""
+    if q.dim() < 2 or q.shape[-2] == 0 or q.shape != k.shape or v.shape[:-1] != q.shape[:-1]:
+        raise ValueError(
+            f"q and k must be (..., L, z) alike and v (..., L, v), L >= 1; got {[tuple(t.shape) for t in (q, k, v)]}."
+        )
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.shape[-1] != q.shape[-2] or mask.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"mask must be bool (batch, length) = {(q.shape[0], q.shape[-2])}, True where the token is real; "
+            f"got {mask.dtype} {tuple(mask.shape)}."
+        )
+    return mask.view(mask.shape[0], *(1,) * (q.dim() - 1 - mask.dim()), *mask.shape[1:])
+
+
+def _check_chunk(
+    q: Tensor, k: Tensor, v: Tensor, chunk: int, bias: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, int]:
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1; got {chunk}.")
+    mask = _check(q, k, v, mask)
+    block = min(chunk, q.shape[-2])
+    if bias is not None and bias.shape[-2:] != (block, block):
+        raise ValueError(f"bias must end in (block, block) = {(block, block)}; got {tuple(bias.shape)}.")
+    return mask, block
+
+
+def _check_window(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Which tokens are real, ``(..., L)`` with axes of size 1 where all are alike."""
+    mask = _check(q, k, v, mask)
+    _check_table(q, window, bias)
+    if mask is not None:
+        return mask
+    return torch.ones((1,) * (q.dim() - 2) + q.shape[-2:-1], dtype=torch.bool, device=q.device)
+
+
+def _check_table(q: Tensor, window: int, bias: Tensor | None) -> None:
+    if window < 0:
+        raise ValueError(f"window must be at least 0, the distance a query sees to each side; got {window}.")
+    if bias is None:
+        return
+    heads = q.shape[-3] if q.dim() > 2 else None
+    if bias.shape[-1:] != (2 * window + 1,) or not (bias.dim() == 1 or (bias.dim() == 2 and bias.shape[0] == heads)):
+        wanted = f"({2 * window + 1},)" + ("" if heads is None else f" or ({heads}, {2 * window + 1})")
+        raise ValueError(
+            f"bias must hold a number for each offset j - i from -window to window: {wanted}; got {tuple(bias.shape)}."
+        )

@@ -69,19 +69,19 @@ def attend_slow(
     ``on_weights`` is applied to the matrix of weights, as in :func:`attend`.
     """
     _check(q, k, v, function, bias, mask)
-    length = q.shape[-2]
-    lead = q.shape[:-2]
+    length, keys = q.shape[-2], k.shape[-2]
     rows = []
-    real = torch.ones(*lead, length, dtype=torch.bool, device=q.device) if mask is None else mask.expand(*lead, length)
+    pairs = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else _each_pair(mask, q)
+    pairs = pairs.expand(*q.shape[:-1], keys)
     for i in range(length):
-        visible = real.clone()
+        visible = pairs[..., i, :].clone()
         if causal:
             visible[..., i + 1 :] = False
         score = (q[..., i, None, :] * k).sum(-1)  # (..., L): query i against every key
         offset = 0.0 if bias is None else bias[..., i, :]
         if function == "softmax":
             nothing = ~visible.any(-1, keepdim=True)  # only padding in sight: see attention_weights
-            seen = visible | (nothing & (torch.arange(length, device=q.device) <= (i if causal else length)))
+            seen = visible | (nothing & (torch.arange(keys, device=q.device) <= (i if causal else keys)))
             power = torch.exp(score / math.sqrt(q.shape[-1]) + offset).masked_fill(~seen, 0.0)
             row = power / power.sum(-1, keepdim=True)
         else:
@@ -114,19 +114,21 @@ def attention_weights(
         q, k: ``(..., L, z)``.
         function: "softmax", "laplace" or "relu2".
         bias: ``(L, L)`` or anything that broadcasts to the scores, added after scaling; row = query, column = key.
-        mask: bool ``(..., L)``, True where the key is real.
+        mask: bool ``(..., L)``, True where the key is real; or one answer for each pair of query and key, with as many
+            axes as the scores. Then there may be more or fewer keys, k ``(..., K, z)`` and the mask ``(..., L, K)``.
         causal: query i sees keys 0 .. i only.
 
     Returns:
-        ``(..., L, L)`` in the dtype of q. Scores and softmax run in float32 or better. A query that would see nothing
-        but padding attends to the padding under softmax (weights have to sum to 1); only padding comes into that.
+        ``(..., L, L)``, or ``(..., L, K)``, in the dtype of q. Scores and softmax run in float32 or better. A query
+        that would see nothing but padding attends to the padding under softmax (weights have to sum to 1); only
+        padding comes into that.
     """
     _check(q, k, None, function, bias, mask)
     length = q.shape[-2]
     scores = q @ k.transpose(-1, -2)  # (..., L, L)
     wide = scores if scores.dtype == torch.float64 else scores.float()
     past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if causal else None
-    visible = None if mask is None else mask.unsqueeze(-2)  # (..., 1, L)
+    visible = None if mask is None else _each_pair(mask, q)  # (..., 1 or L, L)
     if past is not None:
         visible = past if visible is None else visible & past  # (..., L, L)
 
@@ -140,7 +142,7 @@ def attention_weights(
         return torch.softmax(wide, dim=-1).to(q.dtype)
 
     if visible is None:
-        wide = wide / length
+        wide = wide / k.shape[-2]
     else:
         wide = wide / visible.sum(-1, keepdim=True).clamp(min=1)
     wide = wide if bias is None else wide + bias
@@ -398,15 +400,25 @@ class GatedAttention(nn.Module):
         return f"function={self.function!r}, causal={self.causal}, chunk={self.chunk}"
 
 
+def _each_pair(mask: Tensor, q: Tensor) -> Tensor:
+    """The mask as ``(..., 1 or L, keys)``."""
+    return mask if mask.dim() == q.dim() else mask.unsqueeze(-2)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor | None, function: str, bias: Tensor | None, mask: Tensor | None) -> None:
     if function not in FUNCTIONS:
         raise ValueError(f"function must be one of {', '.join(FUNCTIONS)}; got {function!r}.")
-    if q.dim() < 2 or q.shape != k.shape or (v is not None and v.shape[:-1] != q.shape[:-1]):
+    paired = mask is not None and mask.dim() == q.dim()  # then the number of keys is free
+    alike = q.shape[:-2] + q.shape[-1:] == k.shape[:-2] + k.shape[-1:] and (paired or q.shape == k.shape)
+    if q.dim() < 2 or not alike or (v is not None and v.shape[:-1] != k.shape[:-1]):
         got: Any = (tuple(q.shape), tuple(k.shape), None if v is None else tuple(v.shape))
         raise ValueError(f"q and k must be (..., L, z) alike and v (..., L, v); got {got}.")
-    if bias is not None and bias.shape[-2:] != (q.shape[-2], q.shape[-2]):
-        raise ValueError(f"bias must end in (L, L) = {(q.shape[-2],) * 2}; got {tuple(bias.shape)}.")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != q.shape[:-1]):
+    scores = (q.shape[-2], k.shape[-2])
+    if bias is not None and bias.shape[-2:] != scores:
+        raise ValueError(f"bias must end in (L, L) = {scores}; got {tuple(bias.shape)}.")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or (mask.shape[-2:] != scores if paired else mask.shape != q.shape[:-1]):
         raise ValueError(
             f"mask must be bool (..., length) = {tuple(q.shape[:-1])}, True where the token is real; "
             f"got {mask.dtype} {tuple(mask.shape)}. Pass mask.bool(), shaped like that."

@@ -198,6 +198,21 @@ def test_update_gate_open_and_shut():
         assert (unit(x) - unit(x, residual=torch.zeros_like(x))).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_mask_for_each_pair_allows_any_number_of_keys(function):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, w, dtype=torch.float64, generator=g) for n, w in ((5, 4), (8, 4), (8, 3)))
+    bias = torch.randn(5, 8, dtype=torch.float64, generator=g)
+    pairs = torch.rand(2, 5, 8, generator=g) < 0.5
+    pairs[0, 2] = False  # a query that sees nothing
+    y = attend(q, k, v, function=function, bias=bias, mask=pairs)
+    torch.testing.assert_close(y, attend_slow(q, k, v, function=function, bias=bias, mask=pairs))
+    moved = attend(q, k + 9 * ~pairs[:1, :1].mT, v, function=function, bias=bias, mask=pairs)
+    torch.testing.assert_close(moved[0, 0], y[0, 0])  # hidden keys do not matter
+    with pytest.raises(ValueError, match="mask must be bool"):
+        attend(q, k, v, function=function, mask=pairs[:, :, :5])
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
