@@ -41,8 +41,8 @@ class Tables(NamedTuple):
         kernel: ``(D, C)``, what an input adds to the outputs 0 .. C-1 steps later.
         read: ``(D, C, N)``, what the state that enters the block adds to each output.
         write: ``(D, N, C)``, what each input leaves in the state at the end of the block.
-        decay: ``(D, N)``, what a whole block leaves of the state; or ``(D, N / 2)`` complex, where the state's numbers
-            are pairs (real, imaginary) next to each other.
+        decay: ``(D, N)``, what a whole block leaves of the state; ``(D, N / 2)`` complex, where the state's numbers are
+            pairs (real, imaginary) next to each other; or ``(D, N, N)``, a matrix that maps the state (row = after).
     """
 
     kernel: Tensor
@@ -171,6 +171,8 @@ def _scan(written: Tensor, decay: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decayed(h: Tensor, decay: Tensor) -> Tensor:
     """The state ``(D, B, N)`` a block later, before anything new is written."""
+    if decay.dim() == 3:
+        return h @ decay.mT
     if not decay.is_complex():
         return h * decay.unsqueeze(1)
     return torch.view_as_real(_pairs(h.contiguous()) * decay.unsqueeze(1)).flatten(-2)
@@ -225,16 +227,18 @@ class _Blocks(torch.autograd.Function):
         x, toeplitz, read, write, decay, read_back, write_back, decay_back, states, reverse = ctx.saved_tensors
         steps, width = toeplitz.shape[1], write.shape[1]
         work = _Stretches(x, steps)
-        # A state's gradient flows against the state, and decays by the conjugate.
+        # A state's gradient flows against the state, and decays by the conjugate (a matrix: by its transpose).
+        back_decay = decay.mT if decay.dim() == 3 else decay.conj()
         d_states, d_reverse = work.states(write), None
         if reverse is None:
             order, writes = work.backwards(), write
         else:
             order, writes = list(work), torch.cat([write, write_back], dim=1)
             d_reverse = work.states(write_back)
+            there_decay = decay_back.mT if decay_back.dim() == 3 else decay_back.conj()
             d_back = torch.zeros_like(d_reverse[:, 0])
             for a, b in work.backwards():
-                dh = _carry(d_states, a, b, work.take(dy, a, b) @ read, decay.conj(), dh, reverse=True)
+                dh = _carry(d_states, a, b, work.take(dy, a, b) @ read, back_decay, dh, reverse=True)
         matrix = torch.cat([toeplitz, writes], dim=1)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         d_reads = x.new_zeros(len(matrix), steps, matrix.shape[1])  # of the Toeplitz matrix and what reads states
@@ -242,9 +246,9 @@ class _Blocks(torch.autograd.Function):
         for a, b in order:
             block, d_block = work.take(x, a, b), work.take(dy, a, b)  # (D, j * B, C)
             if d_reverse is None:
-                dh = _carry(d_states, a, b, d_block @ read, decay.conj(), dh, reverse=True)
+                dh = _carry(d_states, a, b, d_block @ read, back_decay, dh, reverse=True)
             else:
-                d_back = _carry(d_reverse, a, b, d_block @ read_back, decay_back.conj(), d_back)
+                d_back = _carry(d_reverse, a, b, d_block @ read_back, there_decay, d_back)
             d_seen = torch.cat([d_block, *_rows(a, b, d_states, d_reverse)], dim=2)
             work.put(dx, a, b, d_seen @ matrix)
             d_reads.baddbmm_(d_block.mT, torch.cat([block, *_rows(a, b, states, reverse)], dim=2))
@@ -300,10 +304,13 @@ def _carry(
     written = written.view(states.shape[0], b - a, *states.shape[2:])
     if decay.is_complex():
         states, written, h = _pairs(states), _pairs(written), _pairs(h)
-    decay = decay.unsqueeze(1)
+    matrix = decay.mT if decay.dim() == 3 else None
     for j in range(b - a - 1, -1, -1) if reverse else range(b - a):
         states[:, a + j] = h
-        h = torch.addcmul(written[:, j], decay, h)
+        if matrix is None:
+            h = torch.addcmul(written[:, j], decay.unsqueeze(1), h)
+        else:
+            h = torch.baddbmm(written[:, j], h, matrix)
     return torch.view_as_real(h).flatten(-2) if h.is_complex() else h
 
 
@@ -314,6 +321,8 @@ def _pairs(x: Tensor) -> Tensor:
 
 def _grad_decay(d_states: Tensor, states: Tensor, decay: Tensor) -> Tensor:
     """A block multiplies its state by the decay: sum of (gradient of what leaves) * conj(what enters)."""
+    if decay.dim() == 3:
+        return d_states.flatten(1, 2).mT @ states.flatten(1, 2)
     if decay.is_complex():
         d_states, states = _pairs(d_states), _pairs(states)
     return (d_states * states.conj()).sum((1, 2))

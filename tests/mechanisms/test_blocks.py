@@ -10,13 +10,15 @@ DOUBLE = torch.float64
 
 
 def draw(kind, dim=3, n=4, seed=0, requires_grad=True):
-    """decay, write, read ``(D, n)`` of a stable recurrence, real or complex."""
+    """decay, write, read ``(D, n)`` of a stable recurrence, real or complex; "matrix": decay ``(D, n, n)``."""
     g = torch.Generator().manual_seed(seed)
     decay = torch.rand(dim, n, dtype=DOUBLE, generator=g) * 0.5 + 0.45
     write, read = (torch.randn(dim, n, dtype=DOUBLE, generator=g) for _ in range(2))
     if kind == "complex":
         decay = torch.polar(decay, 3 * torch.rand(dim, n, dtype=DOUBLE, generator=g))
         write, read = (torch.complex(t, torch.randn(dim, n, dtype=DOUBLE, generator=g)) for t in (write, read))
+    if kind == "matrix":
+        decay = 0.3 * torch.randn(dim, n, n, dtype=DOUBLE, generator=g)
     return [t.requires_grad_(requires_grad) for t in (decay, write, read)]
 
 
@@ -24,6 +26,11 @@ def tables(decay, write, read):
     """The block tables of ``h = decay h + write x, y = Re(sum(read h))``, straight from the definition."""
 
     def make(block):
+        if decay.dim() == 3:
+            powers = [torch.linalg.matrix_power(decay, s) for s in range(block + 1)]  # (D, n, n) each
+            writes = torch.stack([(p @ write.unsqueeze(-1)).squeeze(-1) for p in powers[:-1]], -1)  # (D, n, C)
+            reads = torch.stack([(read.unsqueeze(-2) @ p).squeeze(-2) for p in powers[1:]], 1)  # (D, C, n)
+            return Tables((read.unsqueeze(-1) * writes).sum(1), reads, writes.flip(-1), powers[-1])
         powers = decay.unsqueeze(-1) ** torch.arange(block + 1)  # (D, n, C + 1)
         kernel = ((read * write).unsqueeze(-1) * powers[..., :block]).sum(1)
         reads = read.unsqueeze(-1) * powers[..., 1:]
@@ -42,15 +49,20 @@ def flat(h):
     return torch.view_as_real(h).flatten(-2) if h.is_complex() else h
 
 
+def zeros(parameters):
+    return torch.zeros(2, *parameters[1].shape, dtype=parameters[1].dtype)
+
+
 def step_by_step(x, decay, write, read, h):
     y = []
     for t in range(x.shape[1]):
-        h = decay * h + write * x[:, t, :, None]
+        moved = torch.einsum("dij,bdj->bdi", decay, h) if decay.dim() == 3 else decay * h
+        h = moved + write * x[:, t, :, None]
         y.append((read * h).sum(-1).real)
     return torch.stack(y, 1), h
 
 
-@pytest.mark.parametrize("kind", ["real", "complex"])
+@pytest.mark.parametrize("kind", ["real", "complex", "matrix"])
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 37])
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("form", [block_recurrence, block_recurrence_plain])
@@ -74,7 +86,7 @@ def test_blocks_equal_steps_with_state_and_gradients(monkeypatch, kind, length, 
         torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["real", "complex"])
+@pytest.mark.parametrize("kind", ["real", "complex", "matrix"])
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 37])
 @pytest.mark.parametrize("form", [block_recurrence, block_recurrence_plain])
 def test_two_directions(monkeypatch, kind, length, form):
@@ -82,7 +94,7 @@ def test_two_directions(monkeypatch, kind, length, form):
     there, back = draw(kind), draw(kind, n=5, seed=1)  # they need not have as many states
     x = torch.randn(2, length, 3, dtype=DOUBLE, requires_grad=True)
     weight = torch.randn(2, length, 3, dtype=DOUBLE)
-    slow = step_by_step(x, *there, 0)[0] + step_by_step(x.flip(1), *back, 0)[0].flip(1)
+    slow = step_by_step(x, *there, zeros(there))[0] + step_by_step(x.flip(1), *back, zeros(back))[0].flip(1)
     fast = form(x, tables(*there), tables(*back), block=8)[0]
     leaves = [x, *there, *back]
     for a, b in zip(
