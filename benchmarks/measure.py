@@ -88,7 +88,7 @@ def compare(problem: Problem) -> dict[str, float]:
         found = [y, *torch.autograd.grad(y, problem.leaves, cotangent(y), allow_unused=True)]
         found = [torch.zeros(()) if t is None else t for t in found]
         truth = truth or found
-        scale = [max(float(t.abs().max()), 1e-30) for t in truth]
+        scale = [max(float(t.detach().abs().max()), 1e-30) for t in truth]
         errors[name] = max(float((a - b).abs().max()) / s for a, b, s in zip(found, truth, scale, strict=True))
         if not errors[name] <= AGREE:
             raise ValueError(

@@ -4,12 +4,14 @@ Each function takes a state dict under the authors' names (numpy arrays or tenso
 in the dtype given, in eval mode, ready to call as ``module(x, mask=mask)`` with ``x (batch, length, dim)`` and ``mask``
 True where the token is real. Sizes are read off the arrays. :func:`authors_names` goes the other way.
 
-Source of the names: the published code of Mega (facebookresearch/mega). Where the paper and that code differ in a name,
-the code's is meant here: its ``delta`` is the paper's alpha, its ``alpha`` the paper's delta, and the ``gamma`` in its
-EMA the paper's eta.
+Source of the names: the published code of Mega (facebookresearch/mega), and of SeqBoat (renll/SeqBoat). Where paper and
+code differ in a name, the code's is meant: its ``delta`` is the paper's alpha, its ``alpha`` the paper's delta, and the
+``gamma`` in its EMA the paper's eta. The arrays of Transformer-VQ (transformer-vq/transformer_vq) bear the names of
+their symbols.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,11 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from .models.classifier import Classifier, Encoder, Head, PairClassifier
-from .models.configs import MegaConfig
+from .models.configs import MegaConfig, SeqBoatConfig
 from .models.mega import MegaBlock, MegaLayer
 from .models.parts import Norm, SampleEmbedding, TokenEmbedding
+from .models.seqboat import ScaledPositions, SeqBoatLayer
+from .models.transformer_vq import TransformerVQLayer
 
-__all__ = ["authors_names", "mega_block", "mega_classifier", "mega_layer"]
+__all__ = [
+    "authors_names",
+    "mega_block",
+    "mega_classifier",
+    "mega_layer",
+    "seqboat_classifier",
+    "seqboat_layer",
+    "vq_layer",
+]
 
 StateDict = Mapping[str, Any]
 M = TypeVar("M", bound=nn.Module)
@@ -48,9 +60,30 @@ FEED_FORWARD = {"norm.norm": "norm.norm", "norm.scale": "norm.norm.scalar", "fc1
 BLOCK = {f"mega.{ours}": f"mega_layer.{theirs}" for ours, theirs in LAYER.items()} | {
     f"feed_forward.{ours}": f"nffn.{theirs}" for ours, theirs in FEED_FORWARD.items()
 }
+# A SeqBoat layer names its parts as Mega does, and has a switch.
+SEQBOAT = LAYER | {
+    "hx_proj": "hx_proj",
+    "attention.router.log_temperature": "q_router.temp",
+    "attention.table": "rel_pos_bias.rel_pos_bias",
+}
+VQ_LAYER = {
+    "gain": "ln_gain",
+    "bias": "ln_bias",
+    "w_q": "W_q",
+    "w_kvg": "W_kvg",
+    "w_r": "W_r",
+    "w_o": "W_o",
+    "u": "xl_u",
+    "w": "xl_v",
+    "quantizer.code_sum": "C",
+}
+# Counters: not in the arrays, or not needed.
+COUNTERS = ("num_batches_tracked", "quantizer.code_count", "quantizer.started")
 # The authors' models wrap the encoder twice: model.encoder.encoder.
 INSIDE = "encoder.encoder."
+FIRST_LAYER = INSIDE + "layers.0.mega_layer."
 CLASSIFIER = {
+    "encoder.layers.0.scale": INSIDE + "pos_emb.scale",
     "encoder.final_norm.norm": INSIDE + "final_norm.norm",
     "encoder.final_norm.scale": INSIDE + "final_norm.norm.scalar",
     "head.hidden": "classifier.0.0",
@@ -90,7 +123,7 @@ def mega_layer(
 def mega_block(state_dict: StateDict, **same: Any) -> MegaBlock:
     """A ``MegaSentenceEncoderLayer``: names ``mega_layer.*`` and ``nffn.*``; keywords as :func:`mega_layer`."""
     arrays = _tensors(state_dict)
-    return _fill(MegaBlock(_config(arrays, "mega_layer.", **_options(same))), arrays, BLOCK)
+    return _fill(MegaBlock(_config(arrays, "mega_layer.", **_options(mega_layer, same))), arrays, BLOCK)
 
 
 def mega_classifier(state_dict: StateDict, *, task: str, **same: Any) -> Classifier | PairClassifier:
@@ -102,35 +135,97 @@ def mega_classifier(state_dict: StateDict, *, task: str, **same: Any) -> Classif
             ``module(x1, x2, mask1=, mask2=)``.
         same: the keywords of :func:`mega_layer`.
     """
-    if task not in ("text", "retrieval", "pixels", "audio"):
-        raise ValueError(f"task must be 'text', 'retrieval', 'pixels' or 'audio'; got {task!r}.")
+    arrays = _whole_model(state_dict, task)
+    config = _config(arrays, FIRST_LAYER, **_options(mega_layer, same))
+    return _classifier(arrays, task, config, MegaBlock, BLOCK)
+
+
+def seqboat_layer(
+    state_dict: StateDict,
+    *,
+    attention: str,
+    window: int | None,
+    bias: str,
+    norm: str,
+    prenorm: bool,
+    bidirectional: bool,
+    truncation: int | None = None,
+) -> SeqBoatLayer:
+    """A ``SeqBoatUnit`` of the authors as our :class:`~longseq_tutorial.models.seqboat.SeqBoatLayer`.
+
+    A state dict without ``q_router`` whose ``hx_proj`` has D outputs is their variant that always attends.
+
+    Args:
+        state_dict: names ``move.delta``, ``hx_proj.weight``, ``q_router.temp`` ...
+        attention: "softmax", "laplace" or "relu2". With laplace the authors' code lets masked entries leak through a
+            window (``laplace(0) > 0``); ours does not, so the numbers differ there.
+        window: activated tokens seen to either side; None for all.
+        bias: "global" (distance in the original sequence), "local" (among the activated tokens) or "rotary".
+        norm, prenorm, bidirectional, truncation: as for :func:`mega_layer`.
+
+    Raises:
+        ValueError: if a name is missing or left over, or a shape does not fit; all of them are listed.
+    """
     arrays = _tensors(state_dict)
-    layers = 0
-    while any(name.startswith(f"{INSIDE}layers.{layers}.") for name in arrays):
-        layers += 1
-    _need(
-        arrays, f"{INSIDE}layers.0.mega_layer.move.omega", "classifier.0.0.weight", "sentence_projection_layer.weight"
+    options = dict(attention=attention, window=window, bias=bias, norm=norm, prenorm=prenorm, truncation=truncation)
+    config = _seqboat_config(arrays, "", causal=not bidirectional, **options)
+    return _fill(SeqBoatLayer(config), arrays, SEQBOAT, _seqboat_parts(config, SEQBOAT))
+
+
+def seqboat_classifier(
+    state_dict: StateDict, *, task: str, nli_head: bool = False, **same: Any
+) -> Classifier | PairClassifier:
+    """A whole SeqBoat classifier of the authors.
+
+    Args:
+        state_dict: names ``encoder.encoder.layers.0.mega_layer.*`` as in Mega; ``encoder.encoder.pos_emb.scale`` where
+            the model was built with absolute positions.
+        task: as for :func:`mega_classifier`.
+        nli_head: retrieval only: the head was trained on product and difference of the two vectors as well.
+        same: the keywords of :func:`seqboat_layer`.
+    """
+    arrays = _whole_model(state_dict, task)
+    config = _seqboat_config(arrays, FIRST_LAYER, **_options(seqboat_layer, same))
+    block = {ours: f"mega_layer.{theirs}" for ours, theirs in SEQBOAT.items()}
+    return _classifier(arrays, task, config, SeqBoatLayer, block, nli_head)
+
+
+def vq_layer(
+    state_dict: StateDict, *, heads: int, key_dim: int, value_dim: int, block: int, memory: int, pe_lam: float
+) -> TransformerVQLayer:
+    """A ``VQAttention`` of Transformer-VQ as our :class:`~longseq_tutorial.models.transformer_vq.TransformerVQLayer`.
+
+    Args:
+        state_dict: ``ln_gain``, ``ln_bias``, ``W_q``, ``W_kvg``, ``W_r``, ``W_o`` (matrices ``(in, out)``), ``xl_u``,
+            ``xl_v`` and the codebook ``C (heads, codes, key_dim)``.
+        heads, key_dim, value_dim: the sizes of the authors' ``n_head``, ``d_k`` and ``d_v``.
+        block, memory: their ``block_len`` and ``mem_len``.
+        pe_lam: base of the sinusoid's wavelengths.
+
+    Raises:
+        ValueError: if a name is missing or left over, or a shape does not fit; all of them are listed.
+    """
+    arrays = _tensors(state_dict)
+    _need(arrays, *VQ_LAYER.values())
+    codebook, (dim, queries) = arrays["C"], arrays["W_q"].shape
+    wanted = (heads, codebook.shape[-2], key_dim)
+    if codebook.shape != wanted or queries != heads * key_dim:
+        raise ValueError(
+            f"heads={heads} and key_dim={key_dim} want C {wanted} and W_q {(dim, heads * key_dim)}; "
+            f"got {tuple(codebook.shape)} and {(dim, queries)}."
+        )
+    layer = TransformerVQLayer(
+        dim,
+        heads=heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        codes=codebook.shape[1],
+        block=block,
+        memory=memory,
+        pe_lam=pe_lam,
     )
-    config = _config(arrays, f"{INSIDE}layers.0.mega_layer.", **_options(same))
-    names = dict(CLASSIFIER)
-    for i in range(layers):
-        names |= {f"encoder.layers.{i}.{ours}": f"{INSIDE}layers.{i}.{theirs}" for ours, theirs in BLOCK.items()}
-    # Tokens are embedded by embed_tokens.embed.weight, numbers by embed_tokens.weight and embed_tokens.bias.
-    table = next((n for n in arrays if n.startswith(INSIDE + "embed_tokens.") and n.endswith(".weight")), "")
-    if task in ("text", "retrieval"):
-        _need(arrays, table or INSIDE + "embed_tokens.embed.weight")
-        names["encoder.embedding.table"] = table.removesuffix(".weight")
-        embedding: nn.Module = TokenEmbedding(arrays[table].shape[0], config.dim)
-    else:
-        _need(arrays, table or INSIDE + "embed_tokens.weight")
-        names["encoder.embedding"] = table.removesuffix(".weight")
-        embedding = SampleEmbedding(config.dim)
-    final = Norm(config.norm, config.dim) if config.prenorm else None
-    encoder = Encoder(embedding, [MegaBlock(config) for _ in range(layers)], final)
-    width, inputs = arrays["classifier.0.0.weight"].shape
-    head = Head(inputs, width, arrays["sentence_projection_layer.weight"].shape[0])
-    model = PairClassifier(encoder, head) if task == "retrieval" else Classifier(encoder, head)
-    return _fill(model, arrays, names)
+    layer.quantizer.set_codebook(torch.zeros(wanted))  # a count of 1 for each code, so that C is its own sum
+    return _fill(layer, arrays, VQ_LAYER)
 
 
 def authors_names(module: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:
@@ -145,13 +240,22 @@ def authors_names(module: nn.Module, *, gradients: bool = False) -> dict[str, Te
     own: dict[str, Tensor | None] = (
         {n: p.grad for n, p in module.named_parameters()} if gradients else dict(module.state_dict())
     )
-    return {names[n]: t.reshape(shapes[names[n]]) for n, t in own.items() if n in names and t is not None}
+    found = {names[n]: t.reshape(shapes[names[n]]) for n, t in own.items() if n in names and t is not None}
+    for name, (whole, part) in getattr(module, "_authors_rest", {}).items():
+        if name in found:  # we hold a part of theirs: the rest is as it was, and has no gradient
+            theirs = whole.to(found[name], copy=True)
+            theirs = theirs.zero_() if gradients else theirs
+            theirs[part] = found[name].detach()
+            found[name] = theirs
+    return found
 
 
-def _options(same: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of mega_layer as fields of a configuration."""
-    known = {"attention", "norm", "prenorm", "bidirectional", "chunk", "truncation", "bias"}
-    missing, unknown = {"attention", "norm", "prenorm", "bidirectional"} - set(same), set(same) - known
+def _options(like: Callable[..., nn.Module], same: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of ``mega_layer`` or ``seqboat_layer`` as fields of a configuration."""
+    parameters = dict(signature(like).parameters)
+    del parameters["state_dict"]
+    missing = {name for name, p in parameters.items() if p.default is p.empty} - set(same)
+    unknown = set(same) - set(parameters)
     if missing or unknown:
         raise TypeError(f"missing keywords: {sorted(missing)}; unknown keywords: {sorted(unknown)}.")
     options = dict(same)
@@ -181,16 +285,104 @@ def _config(arrays: Mapping[str, Tensor], prefix: str, **options: Any) -> MegaCo
     )
 
 
-def _fill(module: M, arrays: Mapping[str, Tensor], names: Mapping[str, str]) -> M:
-    """Copy the arrays in; every array must be used, every parameter filled."""
+def _seqboat_config(arrays: Mapping[str, Tensor], prefix: str, **options: Any) -> SeqBoatConfig:
+    """Read the sizes off one layer's arrays."""
+    _need(arrays, *(prefix + n for n in ("move.delta", "move.omega", "hx_proj.weight", "h_proj.weight", "gamma")))
+    dim = arrays[prefix + "move.omega"].numel()
+    table = arrays.get(prefix + "rel_pos_bias.rel_pos_bias")
+    config = SeqBoatConfig(
+        dim=dim,
+        n=arrays[prefix + "move.delta"].shape[1],
+        z_dim=arrays[prefix + "gamma"].shape[1],
+        v_dim=arrays[prefix + "h_proj.weight"].shape[1],
+        max_positions=1 if table is None else (table.numel() + 1) // 2,
+        always_active=arrays[prefix + "hx_proj.weight"].shape[0] == dim,
+        sinusoid=INSIDE + "pos_emb.scale" in arrays,
+        **options,
+    )
+    if config.bias == "local" and table is not None and table.numel() != 6 * (config.window or 0) - 1:
+        raise ValueError(
+            f"window={config.window} wants a local bias of 6 * window - 1 = {6 * (config.window or 0) - 1} numbers; "
+            f"got {table.numel()}, which fits window={(table.numel() + 1) / 6:g}."
+        )
+    return config
+
+
+def _seqboat_parts(config: SeqBoatConfig, names: Mapping[str, str]) -> dict[str, slice]:
+    """The authors' local bias holds 6 w - 1 numbers, of which the attention can reach the 2 w + 1 that ours holds."""
+    if config.bias != "local" or config.window is None:
+        return {}
+    reached = slice(3 * config.window - 1, 5 * config.window)
+    return {theirs: reached for ours, theirs in names.items() if ours.endswith("attention.table")}
+
+
+def _whole_model(state_dict: StateDict, task: str) -> dict[str, Tensor]:
+    """The arrays of a classifier, after a first look at whether they are those of one."""
+    if task not in ("text", "retrieval", "pixels", "audio"):
+        raise ValueError(f"task must be 'text', 'retrieval', 'pixels' or 'audio'; got {task!r}.")
+    arrays = _tensors(state_dict)
+    arrays.pop(INSIDE + "pos_emb.inv_freq", None)  # fixed numbers, which we compute
+    _need(arrays, FIRST_LAYER + "move.omega", "classifier.0.0.weight", "sentence_projection_layer.weight")
+    return arrays
+
+
+def _classifier(
+    arrays: Mapping[str, Tensor],
+    task: str,
+    config: MegaConfig | SeqBoatConfig,
+    block: Callable[[Any], nn.Module],
+    block_names: Mapping[str, str],
+    nli_head: bool = False,
+) -> Classifier | PairClassifier:
+    """Embedding, layers as counted in the arrays, head: built and filled."""
+    if nli_head and task != "retrieval":
+        raise ValueError(f"nli_head=True compares two sequences: it goes with task='retrieval'; got {task!r}.")
+    names = dict(CLASSIFIER)
+    blocks: list[nn.Module] = []
+    if isinstance(config, SeqBoatConfig) and config.sinusoid:
+        blocks.append(ScaledPositions(config.dim))
+    start = len(blocks)
+    while any(name.startswith(f"{INSIDE}layers.{len(blocks) - start}.") for name in arrays):
+        theirs = f"{INSIDE}layers.{len(blocks) - start}."
+        names |= {f"encoder.layers.{len(blocks)}.{name}": theirs + there for name, there in block_names.items()}
+        blocks.append(block(config))
+    # Tokens are embedded by embed_tokens.embed.weight, numbers by embed_tokens.weight and embed_tokens.bias.
+    table = next((n for n in arrays if n.startswith(INSIDE + "embed_tokens.") and n.endswith(".weight")), "")
+    if task in ("text", "retrieval"):
+        _need(arrays, table or INSIDE + "embed_tokens.embed.weight")
+        names["encoder.embedding.table"] = table.removesuffix(".weight")
+        embedding: nn.Module = TokenEmbedding(arrays[table].shape[0], config.dim)
+    else:
+        _need(arrays, table or INSIDE + "embed_tokens.weight")
+        names["encoder.embedding"] = table.removesuffix(".weight")
+        embedding = SampleEmbedding(config.dim)
+    encoder = Encoder(embedding, blocks, Norm(config.norm, config.dim) if config.prenorm else None)
+    width, inputs = arrays["classifier.0.0.weight"].shape
+    wanted = config.dim * ((4 if nli_head else 2) if task == "retrieval" else 1)
+    if inputs != wanted:
+        raise ValueError(
+            f"task={task!r} with nli_head={nli_head} wants a head of {wanted} inputs; classifier.0.0.weight has "
+            f"{inputs}. Check task and nli_head."
+        )
+    head = Head(inputs, width, arrays["sentence_projection_layer.weight"].shape[0])
+    model = PairClassifier(encoder, head, nli_head) if task == "retrieval" else Classifier(encoder, head)
+    parts = _seqboat_parts(config, names) if isinstance(config, SeqBoatConfig) else {}
+    return _fill(model, arrays, names, parts)
+
+
+def _fill(
+    module: M, arrays: Mapping[str, Tensor], names: Mapping[str, str], parts: Mapping[str, slice] | None = None
+) -> M:
+    """Copy the arrays in, or of those named in ``parts`` a part; every array must be used, every parameter filled."""
+    whole, arrays = arrays, {n: a[parts[n]] if parts and n in parts else a for n, a in arrays.items()}
     dtypes = {t.dtype for t in arrays.values() if t.is_floating_point()}
     if len(dtypes) != 1:
         raise ValueError(f"wanted one floating-point dtype in the state dict; got {sorted(map(str, dtypes))}.")
     module = module.to(dtypes.pop())
-    ours = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+    ours = {k: v for k, v in module.state_dict().items() if not k.endswith(COUNTERS)}
     theirs = {name: _translate(name, names) for name in ours}
     missing = sorted(set(theirs.values()) - set(arrays))
-    surplus = sorted(n for n in set(arrays) - set(theirs.values()) if not n.endswith("num_batches_tracked"))
+    surplus = sorted(n for n in set(arrays) - set(theirs.values()) if not n.endswith(COUNTERS))
     if missing or surplus:
         raise ValueError(
             f"the state dict does not fit: missing {missing or 'nothing'}; not used {surplus or 'nothing'}. "
@@ -202,6 +394,7 @@ def _fill(module: M, arrays: Mapping[str, Tensor], names: Mapping[str, str]) -> 
     module.load_state_dict({n: arrays[t].reshape(ours[n].shape) for n, t in theirs.items()}, strict=False)
     module._authors_names = theirs  # type: ignore[assignment]
     module._authors_shapes = {t: tuple(arrays[t].shape) for t in theirs.values()}  # type: ignore[assignment]
+    module._authors_rest = {t: (whole[t], part) for t, part in (parts or {}).items()}  # type: ignore[assignment]
     return module.eval()
 
 

@@ -54,6 +54,19 @@ def layer_options(name: str) -> dict[str, Any]:
     return options
 
 
+def seqboat_options(name: str) -> dict[str, Any]:
+    """The keywords of ``official.seqboat_layer``, likewise."""
+    return {
+        "attention": next(f for f in ("softmax", "laplace", "relu2") if f in name),
+        "window": None if "fullattention" in name else 4,
+        "bias": next((b for b in ("local", "rotary") if b in name), "global"),
+        "norm": next((n for n in ("batchnorm", "scalenorm") if n in name), "layernorm"),
+        "prenorm": "postnorm" not in name,
+        "bidirectional": "causal" not in name,
+        "truncation": 8 if name.endswith("train") else None,
+    }
+
+
 def tolerance(name: str) -> float:
     """1e-9; the authors' rotary tables are single precision."""
     return 1e-6 if "rotary" in name else 1e-9

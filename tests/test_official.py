@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from longseq_tutorial import official
+from longseq_tutorial.mechanisms import sparse_activation
 from longseq_tutorial.models import record
 from tests import golden_numbers as golden
 
 LAYERS, BLOCKS = golden.names("mega_layer"), golden.names("mega_block")
+LEAKING = "seqboat_layer_laplace_globalpos_layernorm_prenorm"  # a habit of the authors' code that ours does not share
+SEQBOATS = [name for name in golden.names("seqboat_layer") if name != LEAKING]
 
 
 def close(got, want, tolerance=1e-9, what=""):
@@ -18,16 +21,23 @@ def close(got, want, tolerance=1e-9, what=""):
 
 
 def layer(name, arrays):
-    make = official.mega_block if name in BLOCKS else official.mega_layer
-    module = make(golden.state_dict(arrays), **golden.layer_options(name))
+    if name.startswith("seqboat"):
+        module = official.seqboat_layer(golden.state_dict(arrays), **golden.seqboat_options(name))
+    else:
+        make = official.mega_block if name in BLOCKS else official.mega_layer
+        module = make(golden.state_dict(arrays), **golden.layer_options(name))
     assert not module.training
     module.train(bool(arrays.get("train_mode", False)))
     mask = None if "padding_mask" not in arrays else ~torch.from_numpy(arrays["padding_mask"])
     return module, golden.batch_first(arrays["x"]), mask
 
 
-@pytest.mark.parametrize("name", LAYERS + BLOCKS)
+@pytest.mark.parametrize("name", LAYERS + BLOCKS + SEQBOATS)
 def test_outputs_and_every_gradient(name):
+    compare(name)
+
+
+def compare(name):
     arrays, tolerance = golden.load(name), golden.tolerance(name)
     module, x, mask = layer(name, arrays)
     x.requires_grad_()
@@ -111,6 +121,228 @@ def test_whole_text_classifier(name):
     close(tape["pooled"], arrays["sentence_rep"])
 
 
+# ---- SeqBoat -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*SEQBOATS, LEAKING])
+def test_the_switch_decides_as_the_authors_did(name):
+    arrays = golden.load(name)
+    if "probs" not in arrays:  # their variant that always attends
+        return
+    module, x, mask = layer(name, arrays)
+    with record(module) as tape:
+        module(x, mask=mask)
+    np.testing.assert_array_equal(tape["active_seen"].bool().numpy(), arrays["active_mask"][:, 0])
+    close(tape["confidence_seen"], arrays["probs"][:, 0].max(-1))
+
+
+def test_a_layer_that_never_wakes_up_gives_its_attention_no_gradient():
+    name = "seqboat_layer_relu2_globalpos_layernorm_none_active"
+    module, x, _ = layer(name, golden.load(name))
+    module(x).sum().backward()
+    gradients = official.authors_names(module, gradients=True)
+    idle = ("gamma", "beta", "h_proj.weight", "h_proj.bias", "mx_proj.weight", "q_router.temp")
+    assert all(gradients[parameter].abs().max() == 0 for parameter in idle)
+    assert gradients["hx_proj.weight"][:2].abs().max() == 0, "nothing can ever wake it up through the switch"
+    assert gradients["hx_proj.weight"][2:].abs().max() > 0
+
+
+def leaky(q, k, v, window, *, function, bias, positions, valid, causal, on_weights):
+    """memory_attention as the authors' code does it: hidden scores become 0, and laplace(0) is more than nothing."""
+    assert not causal and window < q.shape[1]
+    length = q.shape[1]
+    total = length + -length % window
+
+    def views(x, beyond):
+        """Each block of keys with its neighbours; ``beyond`` fills the blocks outside the sequence."""
+        x = torch.nn.functional.pad(x, (0, 0, 0, total - length))
+        x = torch.nn.functional.pad(x, (0, 0, window, window), value=beyond)
+        return x.unfold(1, 3 * window, window).transpose(2, 3)  # (B, N, 3 w, d)
+
+    queries = torch.nn.functional.pad(q, (0, 0, 0, total - length)).unflatten(1, (-1, window))
+    rank = torch.arange(window)[:, None] - torch.arange(3 * window) + window  # i - j
+    seen = views(valid.unsqueeze(-1).double(), 0).transpose(2, 3).bool() & (rank.abs() <= window)
+    there, here = views(positions.unsqueeze(-1), 0).transpose(2, 3), positions.unsqueeze(-1)
+    here = torch.nn.functional.pad(here, (0, 0, 0, total - length)).unflatten(1, (-1, window))
+    scores = queries @ views(k, -1.0).transpose(2, 3) / (2 * window) + bias[there - here + len(bias) // 2]
+    weights = function(scores.masked_fill(~seen, 0.0))
+    return (weights @ views(v, -1.0)).flatten(1, 2)[:, :length]
+
+
+def test_hidden_keys_do_not_leak_as_the_authors_do(monkeypatch):
+    arrays = golden.load(LEAKING)
+    module, x, _ = layer(LEAKING, arrays)
+    assert np.abs(module(x).transpose(0, 1).detach().numpy() - arrays["out"]).max() > 1e-3
+    monkeypatch.setattr(sparse_activation, "memory_attention", leaky)
+    compare(LEAKING)  # the leak is all the difference, in values and in every gradient
+
+
+def uncompressed(self, h, logits, mask=None):
+    """SparseActivation.forward as the authors' code does it: one fully active sample, and nothing is compressed."""
+    active, confidence = self.router(logits, mask)
+    if not active.all(1).any():
+        return forward(self, h, logits, mask)
+    time = torch.arange(h.shape[1]).expand(active.shape)
+    return (confidence * active).unsqueeze(-1) * self._attend(h, time, active)
+
+
+forward = sparse_activation.SparseActivation.forward
+
+
+def test_neighbours_in_the_batch_change_nothing_as_they_do_with_the_authors(monkeypatch):
+    arrays = golden.load("seqboat_quirk_batch_dependence")
+    options = dict(attention="softmax", window=2, bias="global", norm="layernorm", prenorm=True, bidirectional=True)
+    module = official.seqboat_layer(golden.state_dict(arrays), **options)
+    mixed, full = golden.batch_first(arrays["x_mixed"]), golden.batch_first(arrays["x_full"])
+    together = module(torch.cat([mixed, full]))
+    close(together[:1].transpose(0, 1), arrays["out_mixed_alone"])
+    close(together[1:].transpose(0, 1), arrays["out_full_alone"])
+    assert np.abs(arrays["out_mixed_alone"] - arrays["out_mixed_with_full"]).max() > 0.05
+    monkeypatch.setattr(sparse_activation.SparseActivation, "forward", uncompressed)
+    close(module(torch.cat([mixed, full]))[:1].transpose(0, 1), arrays["out_mixed_with_full"])
+
+
+def seqboat_model(name, **options):
+    arrays = golden.load(name)
+    options = dict(attention="softmax", bias="global", window=int(arrays["window"]), **options)
+    model = official.seqboat_classifier(
+        golden.state_dict(arrays), prenorm=False, bidirectional=True, truncation=10, **options
+    )
+    return model, arrays
+
+
+def test_whole_seqboat_text_classifier():
+    model, arrays = seqboat_model("seqboat_model_text", task="text", norm="layernorm")
+    x, mask = tokens(arrays)
+    with record(model) as tape:
+        logits = model(x, mask=mask)
+    close(logits, arrays["logits"])
+    close(tape["pooled"], arrays["sentence_rep"])
+    hidden, _ = model.encoder(x, mask)
+    close(hidden.transpose(0, 1), arrays["last_hidden"])
+
+
+def test_seqboats_two_towers_join_product_and_difference_too(monkeypatch):
+    model, arrays = seqboat_model("seqboat_model_retrieval_nli_head", task="retrieval", norm="scalenorm", nli_head=True)
+    (x1, mask1), (x2, mask2) = tokens(arrays, "0"), tokens(arrays, "1")
+
+    def compare(rows):
+        with record(model) as tape:
+            logits = model(x1, x2, mask1=mask1, mask2=mask2)
+        first, second = arrays["rep0"], arrays["rep1"]
+        joined = np.concatenate([second, first, first * second, first - second], axis=-1)
+        close(logits[rows], arrays["logits"][rows])
+        close(tape["pooled"][rows], joined[rows])
+        return np.abs(logits.detach().numpy() - arrays["logits"]).max()
+
+    # The second document is active from end to end: in the authors' code that changes the first, its neighbour.
+    assert compare(slice(1, None)) > 1e-3
+    monkeypatch.setattr(sparse_activation.SparseActivation, "forward", uncompressed)
+    compare(slice(None))
+
+
+@pytest.mark.parametrize("bias", ["global", "local", "rotary"])
+def test_seqboat_classifiers_of_signals_take_the_authors_names(bias):
+    """The authors' pixel and audio models: the text model's names and shapes, a signal's embedding, positions added."""
+    state = golden.state_dict(golden.load("seqboat_model_text"))
+    del state["encoder.encoder.embed_tokens.embed.weight"]
+    rng = np.random.default_rng(0)
+    inside = "encoder.encoder."
+    state |= {inside + "embed_tokens.weight": rng.normal(size=8), inside + "embed_tokens.bias": rng.normal(size=8)}
+    state |= {inside + "pos_emb.scale": np.array([0.7]), inside + "pos_emb.inv_freq": np.ones(4, dtype=np.float32)}
+    for norm in ("layers.0.mega_layer.norm.norm.", "layers.1.mega_layer.norm.norm.", "final_norm.norm."):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            state[inside + norm + part] = rng.uniform(0.5, 1.5, size=8)
+    tables = [name for name in state if name.endswith("rel_pos_bias")]
+    for name in tables:
+        if bias == "rotary":
+            del state[name]
+        elif bias == "local":
+            state[name] = rng.normal(size=6 * 3 - 1)
+    options = dict(attention="relu2", norm="batchnorm", prenorm=True, bidirectional=True, window=3, bias=bias)
+    model = official.seqboat_classifier(state, task="audio", **options)
+    x = torch.randn(2, 16, dtype=torch.float64)
+    with record(model) as tape:
+        assert model(x).shape == (2, 10)
+    assert len(tape.names("active_seen")) == 2
+    embedded, _ = model.encoder.embedding(x)
+    frequency = 10000.0 ** (-np.arange(0, 8, 2) / 8)
+    angle = np.arange(16)[:, None] * frequency
+    close(
+        model.encoder.layers[0](embedded) - embedded,
+        0.7 * np.tile(np.hstack([np.sin(angle), np.cos(angle)]), (2, 1, 1)),
+    )
+    back = official.authors_names(model)
+    assert back.keys() == state.keys() - {inside + "pos_emb.inv_freq"}
+    for name, values in back.items():
+        np.testing.assert_array_equal(values.numpy(), state[name], err_msg=name)
+
+
+def test_a_local_bias_keeps_the_numbers_that_are_never_read():
+    """6 w - 1 in the authors' code, 2 w + 1 in ours: the others go there and back, and get no gradient."""
+    name = "seqboat_layer_relu2_localpos_batchnorm_prenorm_train"
+    arrays = golden.load(name)
+    module, x, _ = layer(name, arrays)
+    assert module.attention.table.shape == (9,)
+    module(x).sum().backward()
+    table = "rel_pos_bias.rel_pos_bias"
+    np.testing.assert_array_equal(official.authors_names(module)[table].numpy(), arrays[f"param.{table}"])
+    gradient = official.authors_names(module, gradients=True)[table].numpy()
+    assert gradient.shape == (23,) and not gradient[:11].any() and not gradient[20:].any() and gradient[11:20].any()
+    np.testing.assert_array_equal(arrays[f"grad.{table}"][:11], 0)
+    np.testing.assert_array_equal(arrays[f"grad.{table}"][20:], 0)
+
+
+# ---- Transformer-VQ ----------------------------------------------------------------------------------------------
+
+
+def vq(change=None, **options):
+    arrays = golden.load("vq_layer_ref")
+    sizes = {
+        ours: int(arrays[theirs]) for ours, theirs in [("heads", "n_head"), ("key_dim", "d_k"), ("value_dim", "d_v")]
+    }
+    sizes |= {"block": int(arrays["block_len"]), "memory": int(arrays["mem_len"]), "pe_lam": float(arrays["pe_lam"])}
+    names = ("ln_gain", "ln_bias", "W_q", "W_kvg", "W_r", "W_o", "xl_u", "xl_v", "C")
+    state = {name: arrays[name] for name in names} | (change or {})
+    return official.vq_layer({k: v for k, v in state.items() if v is not None}, **(sizes | options)), arrays, state
+
+
+def test_transformer_vq_layer_its_codes_and_its_loss():
+    module, arrays, _ = vq()
+    assert not module.training
+    x = torch.from_numpy(arrays["x"])
+    with record(module) as tape:
+        y, loss, _ = module.mix(x)
+    close(y, arrays["y_oracle64"])
+    close(module(x), arrays["y_ref"], 1e-5)  # its norm runs in single precision, and so does what follows from it
+    np.testing.assert_array_equal(tape["codes_seen"].numpy(), arrays["z"])
+    close(loss, arrays["l_commit_per_block"].mean(), 1e-5)
+
+
+def test_transformer_vq_layer_steps():
+    module, arrays, _ = vq()
+    state, steps = module.initial_state(2), []
+    for x_t in torch.from_numpy(arrays["x"]).unbind(1):
+        y, state = module.step(x_t, state)
+        steps.append(y)
+    close(torch.stack(steps, 1), arrays["y_oracle64"])
+
+
+def test_transformer_vq_names_go_there_and_back():
+    module, arrays, state = vq()
+    back = official.authors_names(module)
+    assert back.keys() == state.keys()
+    for name, want in state.items():
+        np.testing.assert_array_equal(back[name].numpy(), want)
+    module(torch.from_numpy(arrays["x"])).sum().backward()
+    gradients = official.authors_names(module, gradients=True)
+    assert gradients.keys() == state.keys() - {"C"}  # a codebook follows the keys, and has no gradient
+    assert all(gradients[name].shape == state[name].shape for name in gradients)
+
+
+# ---- both towers, and refusals ----------------------------------------------------------------------------------
+
+
 def test_two_tower_classifier_joins_second_then_first():
     model, arrays = build_model("mega_model_retrieval_two_tower")
     (x1, mask1), (x2, mask2) = tokens(arrays, "0"), tokens(arrays, "1")
@@ -180,7 +412,54 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_name(change, options, word
         official.mega_layer(state, **(golden.layer_options(name) | options))
 
 
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"hx_proj.weight": None}, {}, "lacks hx_proj.weight"),
+        ({"q_router.temp": None}, {}, "missing .*q_router.temp"),
+        ({"hx_proj.weight": np.ones((8, 8)), "hx_proj.bias": np.ones(8)}, {}, "not used .*q_router.temp"),
+        ({"rel_pos_bias.rel_pos_bias": None}, {}, "missing .*rel_pos_bias"),
+        ({}, {"bias": "rotary"}, "not used .*rel_pos_bias.*Check norm, bias"),
+        ({}, {"bias": "local"}, "window=4 wants a local bias of 6 .* = 23 numbers; got 47, which fits window=8"),
+        ({}, {"bias": "local", "window": None}, "give a window"),
+        ({}, {"norm": "scalenorm"}, "Check norm"),
+        ({}, {"attention": "gelu"}, "attention must be one of"),
+        ({"h_proj.bias": np.ones(9)}, {}, r"h_proj.bias wants shape \(8,\); got \(9,\)"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_seqboat_is_refused_by_name(change, options, words):
+    name = "seqboat_layer_softmax_globalpos_layernorm_postnorm_padded"
+    state = {k: v for k, v in (golden.state_dict(golden.load(name)) | change).items() if v is not None}
+    with pytest.raises(ValueError, match=words):
+        official.seqboat_layer(state, **(golden.seqboat_options(name) | options))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"C": None}, {}, "lacks C"),
+        ({}, {"heads": 3}, "heads=3 and key_dim=6 want C"),
+        ({}, {"key_dim": 4}, "heads=2 and key_dim=4 want C"),
+        ({}, {"value_dim": 9}, r"W_kvg wants shape \(12, 48\); got \(12, 52\)"),
+        ({"W_v": np.ones((12, 12))}, {}, "not used .*W_v"),
+        ({"W_o": np.ones((20, 11))}, {}, "W_o wants shape"),
+        ({}, {"memory": -1}, "memory >= 0"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_transformer_vq_is_refused_by_name(change, options, words):
+    with pytest.raises(ValueError, match=words):
+        vq(change, **options)
+
+
 def test_wrong_calls_are_refused_in_words():
+    state = golden.state_dict(golden.load("seqboat_model_text"))
+    options = dict(attention="softmax", norm="layernorm", prenorm=False, bidirectional=True, bias="global", window=3)
+    with pytest.raises(ValueError, match=r"wants a head of 16 inputs; .* has 8"):
+        official.seqboat_classifier(state, task="retrieval", **options)
+    with pytest.raises(ValueError, match="goes with task='retrieval'"):
+        official.seqboat_classifier(state, task="text", nli_head=True, **options)
+    with pytest.raises(TypeError, match=r"missing keywords: \['window'\]; unknown keywords: \['chunk'\]"):
+        official.seqboat_classifier(state, task="text", **{k: v for k, v in options.items() if k != "window"}, chunk=3)
     with pytest.raises(ValueError, match="task must be"):
         official.mega_classifier({}, task="video")
     with pytest.raises(TypeError, match="missing keywords"):

@@ -6,15 +6,16 @@ from typing import Any, Protocol
 from torch import nn
 
 from .classifier import Classifier, Encoder, Head, PairClassifier
-from .configs import MegaConfig, TransformerConfig, published
+from .configs import Config, MegaConfig, SeqBoatConfig, published
 from .mega import MegaBlock
 from .parts import Norm, PatchEmbedding, SampleEmbedding, TokenEmbedding
 from .recorder import Tape, record
+from .seqboat import ScaledPositions, SeqBoatLayer
 from .transformer import SinusoidalPositions, TransformerBlock
 
 __all__ = ["NAMES", "Tape", "TaskLike", "build", "build_encoder", "record"]
 
-NAMES = ("mega", "mega-chunk", "transformer")
+NAMES = ("mega", "mega-chunk", "seqboat", "transformer")
 
 
 class TaskLike(Protocol):
@@ -36,7 +37,7 @@ def build(name: str, task: TaskLike, **overrides: Any) -> nn.Module:
     """Build a classifier for a task: ``(x (B, L), mask (B, L)) -> logits (B, classes)``.
 
     Args:
-        name: "mega", "mega-chunk" or "transformer".
+        name: "mega", "mega-chunk", "seqboat" or "transformer".
         task: what is read and how many classes there are.
         overrides: any field of the model's configuration, in place of the published value; e.g. ``layers=2``.
 
@@ -45,8 +46,10 @@ def build(name: str, task: TaskLike, **overrides: Any) -> nn.Module:
     """
     config = configure(name, task.name, **overrides)
     encoder = _encoder(config, task)
-    head = Head((2 if task.pairs else 1) * config.dim, config.head_dim, task.classes, config.dropout)
-    return PairClassifier(encoder, head) if task.pairs else Classifier(encoder, head)
+    nli_head = isinstance(config, SeqBoatConfig) and config.nli_head
+    vectors = (4 if nli_head else 2) if task.pairs else 1
+    head = Head(vectors * config.dim, config.head_dim, task.classes, config.dropout)
+    return PairClassifier(encoder, head, nli_head) if task.pairs else Classifier(encoder, head)
 
 
 def build_encoder(name: str, task: TaskLike, **overrides: Any) -> Encoder:
@@ -54,7 +57,7 @@ def build_encoder(name: str, task: TaskLike, **overrides: Any) -> Encoder:
     return _encoder(configure(name, task.name, **overrides), task)
 
 
-def configure(name: str, task_name: str, **overrides: Any) -> MegaConfig | TransformerConfig:
+def configure(name: str, task_name: str, **overrides: Any) -> Config:
     """The configuration :func:`build` uses: the published one for the task with ``overrides`` put in."""
     config = published(name, task_name)
     known = [f.name for f in fields(config)]
@@ -71,7 +74,7 @@ def configure(name: str, task_name: str, **overrides: Any) -> MegaConfig | Trans
     return replace(config, **overrides)
 
 
-def _encoder(config: MegaConfig | TransformerConfig, task: TaskLike) -> Encoder:
+def _encoder(config: Config, task: TaskLike) -> Encoder:
     if task.kind == "tokens":
         if config.patch:
             raise ValueError("patches cut a signal; this task has tokens. Leave patch=().")
@@ -80,8 +83,12 @@ def _encoder(config: MegaConfig | TransformerConfig, task: TaskLike) -> Encoder:
         embedding = PatchEmbedding(config.dim, config.patch)
     else:
         embedding = SampleEmbedding(config.dim)
-    if isinstance(config, MegaConfig):
+    if isinstance(config, MegaConfig | SeqBoatConfig):
         final = Norm(config.norm, config.dim) if config.prenorm else None
-        return Encoder(embedding, [MegaBlock(config) for _ in range(config.layers)], final, config.dropout)
+        if isinstance(config, MegaConfig):
+            return Encoder(embedding, [MegaBlock(config) for _ in range(config.layers)], final, config.dropout)
+        boats = [SeqBoatLayer(config) for _ in range(config.layers)]
+        first = [ScaledPositions(config.dim)] if config.sinusoid else []
+        return Encoder(embedding, [*first, *boats], final, config.dropout)
     blocks = [SinusoidalPositions(), *(TransformerBlock(config) for _ in range(config.layers))]
     return Encoder(embedding, blocks, Norm("layernorm", config.dim), config.dropout)

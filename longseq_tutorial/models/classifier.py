@@ -98,8 +98,8 @@ class Classifier(nn.Module):
 class PairClassifier(nn.Module):
     """Two sequences, one label: both through the same encoder (two towers), then the head on ``[second, first]``.
 
-    Mega joins just the two vectors, in this order. SeqBoat's ``nli_head`` adds two more, ``second * first`` and
-    ``second - first``, so their published figures for Retrieval come from different heads.
+    Mega joins just the two vectors, in this order. SeqBoat's ``nli_head`` adds two more, ``first * second`` and
+    ``first - second``, so their published figures for Retrieval come from different heads.
     """
 
     def __init__(self, encoder: Encoder, head: Head, nli_head: bool = False) -> None:
@@ -111,7 +111,7 @@ class PairClassifier(nn.Module):
         """``x1 (B, L1)``, ``x2 (B, L2)`` and their masks; returns logits ``(B, classes)``."""
         first = mean_pool(*self.encoder(x1, mask1))
         second = mean_pool(*self.encoder(x2, mask2))
-        features = [second, first, second * first, second - first] if self.nli_head else [second, first]
+        features = [second, first, first * second, first - second] if self.nli_head else [second, first]
         return self.head(self.pooled(torch.cat(features, dim=-1)))
 
 

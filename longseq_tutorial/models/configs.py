@@ -91,7 +91,7 @@ class SeqBoatConfig:
     window: int | None = 128  # activated tokens a query sees to either side (w); None: all of them
     max_positions: int = 1024  # original distances the global bias tells apart
     attention: str = "softmax"  # softmax for text, relu2 for pixels and sound
-    bias: str = "global"  # distance between activated tokens: "global" (original), "local" (compressed), "rotary" (RoPE)
+    bias: str = "global"  # of activated tokens: "global" (original distance), "local" (compressed), "rotary" (RoPE)
     sinusoid: bool = False  # absolute positions added to the embedding, times a learned number; published for signals
     temperature: float = 1.0  # the switch starts at this times sqrt(D); higher: less decided (s)
     always_active: bool = False  # no switch: every token attends (what the sparse model is compared with)
@@ -188,7 +188,6 @@ MEGA: Mapping[str, MegaConfig] = MappingProxyType(
     }
 )
 MEGA_CHUNK: Mapping[str, int] = MappingProxyType({"pathx": 4096, "speech": 1000})  # every other task: 128
-
 
 
 def _seqboat(

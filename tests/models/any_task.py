@@ -18,9 +18,10 @@ TOKENS, SAMPLES = AnyTask(), AnyTask(kind="samples", vocabulary=0)
 SMALL = {
     "mega": dict(dim=8, layers=2, z_dim=4, v_dim=12, ffn_dim=10, n=3, head_dim=6, max_positions=64),
     "mega-chunk": dict(dim=8, layers=2, z_dim=4, v_dim=12, ffn_dim=10, n=3, head_dim=6, chunk=5),
+    "seqboat": dict(dim=8, layers=2, z_dim=4, v_dim=12, n=3, head_dim=6, max_positions=64),
     "transformer": dict(dim=8, layers=2, heads=2, ffn_dim=10, head_dim=6),
 }
-VARIANTS = [("mega", {}), ("mega-chunk", {}), ("transformer", {})] + [
+VARIANTS = [("mega", {}), ("mega-chunk", {}), ("seqboat", dict(window=3)), ("transformer", {})] + [
     (name, dict(attention=attention, norm=norm, prenorm=prenorm, bias=bias))
     for name in ("mega", "mega-chunk")
     for attention, norm, prenorm, bias in [
@@ -28,6 +29,11 @@ VARIANTS = [("mega", {}), ("mega-chunk", {}), ("transformer", {})] + [
         ("relu2", "rmsnorm", True, "rotary"),
         ("softmax", "scalenorm", False, "rotary"),
     ]
+]
+VARIANTS += [
+    ("seqboat", dict(attention="laplace", norm="batchnorm", prenorm=True, bias="local", window=3, sinusoid=True)),
+    ("seqboat", dict(attention="relu2", norm="rmsnorm", prenorm=True, bias="rotary", window=2, always_active=True)),
+    ("seqboat", dict(attention="softmax", norm="scalenorm", prenorm=False, window=None)),
 ]
 
 

@@ -32,10 +32,34 @@ def test_sizes_equal_the_published_code(task):
             assert sum(p.numel() for p in model.parameters()) - table == want
 
 
+# The same for SeqBoat: its local bias holds 6 w - 1 numbers in the authors' code, of which 2 w + 1 are ever read; ours
+# holds those.
+SEQBOAT = {
+    "listops": (10, 406_756, 0),
+    "text": (2, 599_564, 4),
+    "retrieval": (2, 1_024_298, 0),
+    "image": (10, 1_810_001, 0),
+    "pathfinder": (2, 892_301, 0),
+    "pathx": (2, 729_097, 0),
+    "speech": (10, 298_841, 8),
+}
+
+
+@pytest.mark.parametrize("task", SEQBOAT)
+def test_sizes_of_seqboat_equal_the_published_code(task):
+    classes, want, local_layers = SEQBOAT[task]
+    tokens = task in ("listops", "text", "retrieval")
+    config = AnyTask(task, "tokens" if tokens else "samples", classes, 20 if tokens else 0, task == "retrieval")
+    model = build("seqboat", config)
+    table = model.encoder.embedding.table.weight.numel() if tokens else 0
+    never_read = (6 * 128 - 1) - (2 * 128 + 1)
+    assert sum(p.numel() for p in model.parameters()) - table == want - local_layers * never_read
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: build("mamba", TOKENS), "wanted one of: mega, mega-chunk, transformer"),
+        (lambda: build("mamba", TOKENS), "wanted one of: mega, mega-chunk, seqboat, transformer"),
         (lambda: build("mega", TOKENS, width=3), "no setting 'width'"),
         (lambda: build("mega", TOKENS, patch=((4, 4),)), "this task has tokens"),
         (lambda: build("mega", SAMPLES, patch=((2, 4),)), "kernel >= stride"),
@@ -50,6 +74,16 @@ def test_sizes_equal_the_published_code(task):
         (lambda: build("mega", TOKENS, dropout="a lot"), "dropout is a dropout rate"),
         (lambda: build("mega", TOKENS, z_dim=5, bias="rotary"), "must be even"),
         (lambda: build("mega", TOKENS, attention="cosine"), "softmax, laplace, relu2"),
+        (lambda: build("seqboat", TOKENS, attention="cosine"), "softmax, laplace, relu2"),
+        (lambda: build("seqboat", TOKENS, bias="simple"), "bias must be 'global', 'local' or 'rotary'"),
+        (lambda: build("seqboat", TOKENS, bias="local", window=None), "give a window"),
+        (lambda: build("seqboat", TOKENS, bias="rotary", z_dim=5), "z_dim must be even"),
+        (lambda: build("seqboat", TOKENS, sinusoid=True, dim=7), "dim must be even"),
+        (lambda: build("seqboat", TOKENS, temperature=0), "temperature must be a number > 0"),
+        (lambda: build("seqboat", TOKENS, temperature=True), "temperature must be a number > 0"),
+        (lambda: build("seqboat", TOKENS, window=0), "window must be a whole number, at least 1"),
+        (lambda: build("seqboat", TOKENS, hidden_dropout=1), "hidden_dropout is a dropout rate"),
+        (lambda: build_encoder("seqboat", TOKENS).initial_state(1), "cannot stream"),
         (lambda: build("transformer", TOKENS, dim=10, heads=4), r"multiple of 2 \* heads"),
         (lambda: build("mega", TOKENS)(torch.ones(2, 5)), "wanted integers"),
         (lambda: build("mega", TOKENS)(torch.ones(2, 5).long(), torch.ones(2, 5).long()), "Pass mask.bool()"),
@@ -69,7 +103,7 @@ def test_configurations_are_frozen_and_every_field_has_a_reason():
 
     from longseq_tutorial.models import configs
 
-    for kind in (configs.MegaConfig, configs.TransformerConfig):
+    for kind in (configs.MegaConfig, configs.SeqBoatConfig, configs.TransformerConfig):
         config = kind()
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.dim = 3
