@@ -6,8 +6,8 @@ True where the token is real. Sizes are read off the arrays. :func:`authors_name
 
 Source of the names: the published code of Mega (facebookresearch/mega), and of SeqBoat (renll/SeqBoat). Where paper and
 code differ in a name, the code's is meant: its ``delta`` is the paper's alpha, its ``alpha`` the paper's delta, and the
-``gamma`` in its EMA the paper's eta. The arrays of Transformer-VQ (transformer-vq/transformer_vq) bear the names of
-their symbols.
+``gamma`` in its EMA the paper's eta. SPADE's names are those of its published decoder. The arrays of Transformer-VQ
+(transformer-vq/transformer_vq) bear the names of their symbols.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .models.classifier import Classifier, Encoder, Head, PairClassifier
-from .models.configs import MegaConfig, SeqBoatConfig
+from .models.configs import MegaConfig, SeqBoatConfig, SpadeConfig
 from .models.mega import MegaBlock, MegaLayer
 from .models.parts import Norm, SampleEmbedding, TokenEmbedding
 from .models.seqboat import ScaledPositions, SeqBoatLayer
+from .models.spade import FixedConvolution, SpadeDecoder, spade_layers
 from .models.transformer_vq import TransformerVQLayer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "mega_layer",
     "seqboat_classifier",
     "seqboat_layer",
+    "spade_decoder",
     "vq_layer",
 ]
 
@@ -78,6 +80,16 @@ VQ_LAYER = {
     "quantizer.code_sum": "C",
 }
 # Counters: not in the arrays, or not needed.
+SPADE_LAYER = {
+    "norm1": "self_attn_layer_norm",
+    "norm2": "final_layer_norm",
+    "attention": "self_attn",
+    "norm_global": "norm_global",
+    "norm_local": "norm_local",
+    "aggregate": "aggregate",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
 COUNTERS = ("num_batches_tracked", "quantizer.code_count", "quantizer.started")
 # The authors' models wrap the encoder twice: model.encoder.encoder.
 INSIDE = "encoder.encoder."
@@ -226,6 +238,56 @@ def vq_layer(
     )
     layer.quantizer.set_codebook(torch.zeros(wanted))  # a count of 1 for each code, so that C is its own sum
     return _fill(layer, arrays, VQ_LAYER)
+
+
+def spade_decoder(
+    state_dict: StateDict,
+    *,
+    mode: str,
+    heads: int,
+    radius: int,
+    num_buckets: int,
+    max_distance: int,
+    s4_kernel: Any,
+    s4_skip: Any,
+    s4_weight: float = 0.5,
+) -> SpadeDecoder:
+    """A stack of SPADE's decoder layers, causal, as our :class:`~longseq_tutorial.models.spade.SpadeDecoder`.
+
+    Args:
+        state_dict: names ``layer0.self_attn.q.weight``, ``layer0.fc1.weight``, ``layer1. ...``; all but the S4 branch.
+        mode: how the first layer joins its branches, "concat", "add" or "stack".
+        heads, radius, num_buckets, max_distance: of the local attention and its bias.
+        s4_kernel: ``(D, K)`` or ``(1, D, K)``, the S4 kernel itself; s4_skip: ``(D,)`` or ``(1, D)``.
+        s4_weight: S4's share in mode "add".
+
+    Raises:
+        ValueError: if a name is missing or left over, or a shape does not fit; all of them are listed.
+    """
+    arrays = _tensors(state_dict)
+    _need(arrays, "layer0.self_attn.q.weight", "layer0.fc1.weight")
+    layers = 0
+    while f"layer{layers}.self_attn.q.weight" in arrays:
+        layers += 1
+    hidden, dim = arrays["layer0.fc1.weight"].shape
+    config = SpadeConfig(
+        dim=dim,
+        layers=layers,
+        heads=heads,
+        ffn_dim=hidden,
+        window=radius,
+        mode=mode,
+        s4_weight=s4_weight,
+        buckets=num_buckets,
+        max_distance=max_distance,
+        causal=True,
+    )
+    given = _tensors({"kernel": s4_kernel, "skip": s4_skip})
+    branch = FixedConvolution(given["kernel"].reshape(dim, -1), given["skip"].reshape(dim))
+    names = {"layers.0.bias.table": "layer0.self_attn.relative_attention_bias.weight"}
+    for i in range(layers):
+        names |= {f"layers.{i}.{ours}": f"layer{i}.{theirs}" for ours, theirs in SPADE_LAYER.items()}
+    return _fill(SpadeDecoder(spade_layers(config, [branch])), arrays, names)
 
 
 def authors_names(module: nn.Module, *, gradients: bool = False) -> dict[str, Tensor]:

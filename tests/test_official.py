@@ -340,6 +340,72 @@ def test_transformer_vq_names_go_there_and_back():
     assert all(gradients[name].shape == state[name].shape for name in gradients)
 
 
+# ---- SPADE -------------------------------------------------------------------------------------------------------
+
+
+def spade(mode, change=None, **options):
+    arrays = golden.load("spade_layer")
+    mine = {name.removeprefix(f"{mode}_"): a for name, a in arrays.items() if name.startswith(f"{mode}_")}
+    state = {name: a for name, a in mine.items() if name.startswith("layer")} | (change or {})
+    keywords = {
+        "heads": int(arrays["n_heads"]),
+        "radius": int(arrays["radius"]),
+        "num_buckets": int(arrays["num_buckets"]),
+        "max_distance": int(arrays["max_distance"]),
+        "s4_kernel": mine["S4_K"],
+        "s4_skip": mine["S4_D"],
+        "s4_weight": float(arrays["s4_weight"]),
+    }
+    module = official.spade_decoder({n: a for n, a in state.items() if a is not None}, mode=mode, **keywords | options)
+    return module, mine, state
+
+
+SPADE_MODES = [mode for mode in ("concat", "add", "stack") if f"{mode}_x" in golden.load("spade_layer")]
+
+
+@pytest.mark.parametrize("mode", SPADE_MODES)
+def test_spade_layers_and_their_branches(mode):
+    module, arrays, _ = spade(mode)
+    x = torch.from_numpy(arrays["x"])
+    first, second = module.layers
+    close(first.global_branch(first.norm1(x)), arrays["s4_out"])
+    if mode != "stack":
+        close(first.attention(first.norm1(x)), arrays["local_out"])
+    close(first(x), arrays["y0"])
+    close(second(first(x)), arrays["y1"])
+    close(module(x), arrays["y1"])
+
+
+def test_spade_is_not_given_the_kernel_that_forgets_the_conjugates():
+    """Without its compiled extensions, the authors' code sums over half of the states only."""
+    _, arrays, _ = spade("concat")
+    wrong, _, _ = spade("concat", s4_kernel=arrays["S4_K_buggy_fallback"])
+    assert np.abs(wrong(torch.from_numpy(arrays["x"])).detach().numpy() - arrays["y1"]).max() > 1e-2
+
+
+def test_spade_names_go_there_and_back_and_gradients_flow():
+    module, arrays, state = spade("concat")
+    back = official.authors_names(module)
+    assert back.keys() == state.keys()
+    for name, want in state.items():
+        np.testing.assert_array_equal(back[name].numpy(), want)
+    module(torch.from_numpy(arrays["x"])).square().sum().backward()
+    gradients = official.authors_names(module, gradients=True)
+    assert gradients.keys() == state.keys()
+    assert all(g.abs().max() > 0 for g in gradients.values())
+
+
+def test_spade_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"missing \['layer1.fc2.bias'\]"):
+        spade("concat", change={"layer1.fc2.bias": None})
+    with pytest.raises(ValueError, match="mode must be one of concat, add, stack"):
+        sizes = {"heads": 2, "radius": 3, "num_buckets": 8, "max_distance": 6}
+        official.spade_decoder(spade("concat")[2], mode="mix", **sizes, s4_kernel=0, s4_skip=0)
+    module = spade("concat")[0]
+    with pytest.raises(ValueError, match="This kernel has 16 lags; got a sequence of 17 steps"):
+        module(torch.zeros(1, 17, 8, dtype=torch.float64))
+
+
 # ---- both towers, and refusals ----------------------------------------------------------------------------------
 
 

@@ -3,19 +3,22 @@
 from dataclasses import fields, replace
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from .classifier import Classifier, Encoder, Head, PairClassifier
-from .configs import Config, MegaConfig, SeqBoatConfig, published
+from .configs import Config, FastRPBConfig, LongVQConfig, MegaConfig, SeqBoatConfig, SpadeConfig, published
+from .fastrpb import FastRPBBlock
+from .longvq import LongVQBlock
 from .mega import MegaBlock
 from .parts import Norm, PatchEmbedding, SampleEmbedding, TokenEmbedding
 from .recorder import Tape, record
 from .seqboat import ScaledPositions, SeqBoatLayer
+from .spade import spade_layers
 from .transformer import SinusoidalPositions, TransformerBlock
 
-__all__ = ["NAMES", "Tape", "TaskLike", "build", "build_encoder", "record"]
+__all__ = ["NAMES", "Tape", "TaskLike", "auxiliary_loss", "build", "build_encoder", "record"]
 
-NAMES = ("mega", "mega-chunk", "seqboat", "transformer")
+NAMES = ("mega", "mega-chunk", "seqboat", "longvq", "fastrpb", "spade", "transformer")
 
 
 class TaskLike(Protocol):
@@ -37,7 +40,7 @@ def build(name: str, task: TaskLike, **overrides: Any) -> nn.Module:
     """Build a classifier for a task: ``(x (B, L), mask (B, L)) -> logits (B, classes)``.
 
     Args:
-        name: "mega", "mega-chunk", "seqboat" or "transformer".
+        name: one of ``NAMES``.
         task: what is read and how many classes there are.
         overrides: any field of the model's configuration, in place of the published value; e.g. ``layers=2``.
 
@@ -83,12 +86,34 @@ def _encoder(config: Config, task: TaskLike) -> Encoder:
         embedding = PatchEmbedding(config.dim, config.patch)
     else:
         embedding = SampleEmbedding(config.dim)
-    if isinstance(config, MegaConfig | SeqBoatConfig):
+    blocks, final = _blocks(config)
+    return Encoder(embedding, blocks, final, config.dropout)
+
+
+def _blocks(config: Config) -> tuple[list[nn.Module], Norm | None]:
+    """The stack and, for pre-norm blocks, the last norm."""
+    last = Norm("layernorm", config.dim)
+    if isinstance(config, SpadeConfig):
+        return spade_layers(config), last
+    if isinstance(config, FastRPBConfig):
+        first: list[nn.Module] = [SinusoidalPositions()] if config.sinusoid else []
+        return [*first, *(FastRPBBlock(config) for _ in range(config.layers))], last
+    if isinstance(config, MegaConfig | SeqBoatConfig | LongVQConfig):
         final = Norm(config.norm, config.dim) if config.prenorm else None
         if isinstance(config, MegaConfig):
-            return Encoder(embedding, [MegaBlock(config) for _ in range(config.layers)], final, config.dropout)
-        boats = [SeqBoatLayer(config) for _ in range(config.layers)]
+            return [MegaBlock(config) for _ in range(config.layers)], final
+        if isinstance(config, LongVQConfig):
+            return [LongVQBlock(config) for _ in range(config.layers)], final
         first = [ScaledPositions(config.dim)] if config.sinusoid else []
-        return Encoder(embedding, [*first, *boats], final, config.dropout)
-    blocks = [SinusoidalPositions(), *(TransformerBlock(config) for _ in range(config.layers))]
-    return Encoder(embedding, blocks, Norm("layernorm", config.dim), config.dropout)
+        return [*first, *(SeqBoatLayer(config) for _ in range(config.layers))], final
+    return [SinusoidalPositions(), *(TransformerBlock(config) for _ in range(config.layers))], last
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | float:
+    """What the layers ask to be added to the loss of the call just made; 0 where none asks.
+
+    LongVQ's quantisers do: their keys must stay near the codes. Works on any module; a layer that was called more than
+    once (two towers) reports its last call.
+    """
+    asked = [each for module in model.modules() if (each := getattr(module, "auxiliary", None)) is not None]
+    return sum(asked) if asked else 0.0

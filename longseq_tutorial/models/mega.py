@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..mechanisms.chunking import chunk_attention
 from ..mechanisms.ema import DampedEMA
 from ..mechanisms.gated_attention import GatedAttention, attend
-from .configs import MegaConfig
+from .configs import LongVQConfig, MegaConfig
 from .parts import Norm
 
 __all__ = ["FeedForward", "MegaBlock", "MegaLayer"]
@@ -70,7 +70,7 @@ class MegaLayer(nn.Module):
 class FeedForward(nn.Module):
     """``x + W2 silu(W1 norm(x))``, or with the norm at the end; position by position."""
 
-    def __init__(self, config: MegaConfig) -> None:
+    def __init__(self, config: MegaConfig | LongVQConfig) -> None:
         super().__init__()
         self.prenorm = config.prenorm
         self.norm = Norm(config.norm, config.dim)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import tasks
+from .. import models, tasks
 from ..tasks import Batch, Split, Task
 from .batches import evaluation_batches, to_device, training_batches
 from .diagnose import NonFiniteError, first_nonfinite
@@ -136,7 +136,7 @@ def train_update(run: Run, pieces: list[Batch]) -> list[float]:
         more_to_come = i + 1 < len(pieces)  # processes exchange gradients only once these are complete
         with accelerator.no_sync(run.model) if more_to_come else nullcontext():
             logits = run.model(batch.x, batch.mask)  # (batch, classes)
-            loss = F.cross_entropy(logits.float(), batch.label)
+            loss = F.cross_entropy(logits.float(), batch.label) + models.auxiliary_loss(run.bare_model)
             accelerator.backward(loss / len(pieces))
         scores += score(logits, batch.label)
     norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip or math.inf)

@@ -59,7 +59,10 @@ def test_sizes_of_seqboat_equal_the_published_code(task):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: build("mamba", TOKENS), "wanted one of: mega, mega-chunk, seqboat, transformer"),
+        (
+            lambda: build("mamba", TOKENS),
+            "wanted one of: mega, mega-chunk, seqboat, longvq, fastrpb, spade, transformer",
+        ),
         (lambda: build("mega", TOKENS, width=3), "no setting 'width'"),
         (lambda: build("mega", TOKENS, patch=((4, 4),)), "this task has tokens"),
         (lambda: build("mega", SAMPLES, patch=((2, 4),)), "kernel >= stride"),

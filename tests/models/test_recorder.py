@@ -14,15 +14,23 @@ def test_recording_sees_weights_and_changes_nothing(name, options):
         got = model(x, mask)
     assert torch.equal(got, want)
     weights = [tape[n] for n in tape.names("weights")]
-    assert len(weights) == 2
+    hidden = name == "longvq" or (name == "fastrpb" and options.get("attention") != "softmax")  # never computed at all
+    assert len(weights) == (0 if hidden else 2)
     for w in weights:
         assert not w.requires_grad
-        if options.get("attention", "softmax") == "softmax":
+        if options.get("attention", "softmax") == "softmax":  # rows sum to 1
             total = w.sum(-1)
             rest = total == 0 if name == "seqboat" else torch.zeros_like(total, dtype=torch.bool)  # rows that fill up
             torch.testing.assert_close(total.masked_fill(rest, 1), torch.ones_like(total))
-    if name != "transformer":
+    if name.startswith("mega") or name in ("seqboat", "longvq"):
         assert len(tape.names("kernel_seen")) == 2
+    if name == "spade":
+        assert len(tape.names("kernel_seen")) == options.get("s4_layers", 1)
+    if name == "longvq":
+        assert len(tape.names("codes_seen")) == len(tape.names("update_gate")) == 2
+    if name == "fastrpb":
+        assert len(tape.names("lags_seen")) == (0 if options.get("bias") == "none" else 2)
+        assert len(tape.names("queries")) == (2 if hidden else 0)
     if name.startswith("mega"):
         assert len(tape.names("update_gate")) == 2
     if name == "seqboat":

@@ -56,11 +56,16 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
 
 @pytest.mark.parametrize("model", models.NAMES)
 def test_every_model_learns(tmp_path: Path, model: str) -> None:
-    overrides = {**tiny.SMALL, "chunk": 8} if model == "mega-chunk" else tiny.SMALL
-    if model == "seqboat":  # it has no feed-forward layer
-        overrides = {key: value for key, value in tiny.SMALL.items() if key != "ffn_dim"} | {"window": 8}
-    if model == "transformer":
-        overrides = {"dim": 16, "layers": 1, "heads": 2, "ffn_dim": 16, "head_dim": 16}
+    small = {"dim": 16, "layers": 1, "ffn_dim": 16, "head_dim": 16}
+    overrides = {
+        "mega": tiny.SMALL,
+        "mega-chunk": {**tiny.SMALL, "chunk": 8},
+        "seqboat": {key: value for key, value in tiny.SMALL.items() if key != "ffn_dim"} | {"window": 8},
+        "longvq": {**tiny.SMALL, "codes": 8, "window": 4},
+        "fastrpb": {**small, "heads": 2, "qkv_dim": 16, "max_positions": 32},
+        "spade": {**small, "heads": 2, "state": 8, "window": 8},
+        "transformer": {**small, "heads": 2},
+    }[model]
     recipe = tiny.recipe(model=model, overrides=overrides, epochs=10, augment=False)
     record = train(tmp_path, tiny.task(300), recipe=recipe)
     assert record.test["accuracy"] > 0.9, "the commonest of three tokens is easy"
