@@ -10,11 +10,13 @@ have any leading axes: ``(..., L, z)`` and ``(..., L, v)``.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "FUNCTIONS",
@@ -22,6 +24,7 @@ __all__ = [
     "RelativeBias",
     "RotaryBias",
     "attend",
+    "attend_in_tiles",
     "attend_slow",
     "attention_weights",
     "laplace",
@@ -34,6 +37,8 @@ LAPLACE_MEAN = 0.707107
 LAPLACE_STD = 0.282095
 
 FUNCTIONS = ("softmax", "laplace", "relu2")
+TILE = 2**18  # scores worked on at once: 1 MiB in float32, half of a common second-level cache
+BiasRows = Callable[[int, int], Tensor]  # the rows first .. last-1 of a bias, (last - first, L)
 
 
 def laplace(x: Tensor) -> Tensor:
@@ -178,6 +183,71 @@ def attend(
     return (weights if on_weights is None else on_weights(weights)) @ v
 
 
+def attend_in_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    function: str = "softmax",
+    bias: Tensor | BiasRows | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    on_weights: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The same as :func:`attend`, a few queries at a time: time still grows like ``L**2``, memory only like L.
+
+    A tile of scores is made, used and forgotten while it is in the processor's cache; the backward pass makes it once
+    more. Softmax without a bias is torch's own fused call, which works like this, with zeros that make queries and
+    values equally wide where its fast kernel wants them so.
+
+    Args:
+        bias: as in :func:`attend`, or a function ``(first, last) -> (last - first, L)`` that gives some rows of it, so
+            that the square never exists.
+        on_weights: wants to see the weights, so all of them are made: the call goes to :func:`attend`.
+    """
+    length = q.shape[-2]
+    rows = max(1, TILE // max(1, q[..., 0].numel()))
+    if on_weights is not None or rows >= length or (mask is not None and mask.dim() == q.dim()):
+        square = bias(0, length) if callable(bias) else bias
+        return attend(q, k, v, function=function, bias=square, mask=mask, causal=causal, on_weights=on_weights)
+    _check(q, k, v, function, None if callable(bias) else bias, mask)
+    if function == "softmax" and bias is None and (mask is None or not causal):
+        return _fused(q, k, v, mask, causal)
+
+    def tile(first: int, last: int) -> Tensor:
+        keys = last if causal else length  # keys in sight of these queries
+        visible = torch.ones(1, 1, dtype=torch.bool, device=q.device)
+        if causal:
+            visible = torch.ones(last - first, keys, dtype=torch.bool, device=q.device).tril(first)
+        past = visible
+        if mask is not None:
+            visible = visible & mask[..., None, :keys]
+            if function == "softmax":
+                visible = visible | (~visible.any(-1, keepdim=True) & past)  # nothing real in sight: see attend
+        some = None if bias is None else (bias(first, last) if callable(bias) else bias[..., first:last, :])[..., :keys]
+        pairs = visible.expand(*q.shape[:-2], last - first, keys)
+        return attend(
+            q[..., first:last, :], k[..., :keys, :], v[..., :keys, :], function=function, bias=some, mask=pairs
+        )
+
+    bounds = [(first, min(first + rows, length)) for first in range(0, length, rows)]
+    if not torch.is_grad_enabled():
+        return torch.cat([tile(*b) for b in bounds], dim=-2)
+    return torch.cat([checkpoint(tile, *b, use_reentrant=False, preserve_rng_state=False) for b in bounds], dim=-2)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Torch's fused softmax attention; its lean kernel on a CPU wants four axes and one width."""
+    shape, scale = v.shape, 1 / math.sqrt(q.shape[-1])
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])).flatten(0, -3).unsqueeze(1) for x in (q, k, v))  # (B.., 1, L, width)
+    visible = None
+    if mask is not None:
+        visible = (mask | ~mask.any(-1, keepdim=True)).flatten(0, -2)[:, None, None, :]  # (B.., 1, 1, L)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, scale=scale)
+    return y[..., : shape[-1]].reshape(shape)
+
+
 # ---- positions -------------------------------------------------------------------------------------------------
 
 
@@ -198,10 +268,14 @@ class RelativeBias(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """The bias ``(length, length)``, row = query, column = key."""
+        return self.rows(0, length, length)
+
+    def rows(self, first: int, last: int, length: int) -> Tensor:
+        """What the queries first .. last-1 add to the keys 0 .. length-1: ``(last - first, length)``."""
         table, reach = self._reaching(length)
-        start = reach - (length - 1)  # where offset -(length-1) stands
-        # Windows of the table, one step apart: window r holds offsets r-(length-1) .. r, the row of query length-1-r.
-        return table[start : start + 2 * length - 1].unfold(0, length, 1).flip(0)
+        start = reach - (last - 1)  # where the last query's offset to key 0 stands
+        # Windows of the table, one step apart: the first one is the row of the last query.
+        return table[start : start + last - first + length - 1].unfold(0, length, 1).flip(0)
 
     def row(self, i: int) -> Tensor:
         """Row i of the bias up to the diagonal, ``(i + 1,)``: what query i adds to keys 0 .. i."""
@@ -237,8 +311,12 @@ class RotaryBias(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """The bias ``(length, length)``."""
+        return self.rows(0, length, length)
+
+    def rows(self, first: int, last: int, length: int) -> Tensor:
+        """What the queries first .. last-1 add to the keys 0 .. length-1: ``(last - first, length)``."""
         position = torch.arange(length, device=self.alpha.device)
-        return self._rotate(self.alpha, position) @ self._rotate(self.beta, position).T
+        return self._rotate(self.alpha, position[first:last]) @ self._rotate(self.beta, position).T
 
     def row(self, i: int) -> Tensor:
         """Row i of the bias up to the diagonal, ``(i + 1,)``."""
@@ -273,8 +351,8 @@ class GatedAttention(nn.Module):
         max_positions: distances the simple bias can tell apart; with chunks, the chunk length.
         causal: look at the past and the present only.
         dropout, attention_dropout, hidden_dropout: on the candidate, on the weights, on the values.
-        attend: how to attend, :func:`attend` or a function with its arguments that sees less than everything, such as
-            chunk attention.
+        attend: how to attend, :func:`attend_in_tiles` or a function with the arguments of :func:`attend` that sees less
+            than everything, such as chunk attention.
         chunk: the length of the blocks ``attend`` keeps apart, or None; streaming needs to know it.
 
     ``forward(x)`` alone is the unit without an EMA: ``smooth`` and ``residual`` default to x.
@@ -293,7 +371,7 @@ class GatedAttention(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         hidden_dropout: float = 0.0,
-        attend: Callable[..., Tensor] = attend,
+        attend: Callable[..., Tensor] = attend_in_tiles,
         chunk: int | None = None,
     ) -> None:
         super().__init__()
@@ -331,16 +409,16 @@ class GatedAttention(nn.Module):
         residual = x if residual is None else residual
         update, q, k, reset, candidate = self._split(smooth)
         v = self.hidden_dropout(F.silu(self.v_proj(x)))  # (B, L, v)
-        found = self.attend(
-            q,
-            k,
-            v,
-            function=self.function,
-            bias=self.bias(min(q.shape[1], self.chunk or q.shape[1])),
-            mask=mask,
-            causal=self.causal,
-            on_weights=self._on_weights,
-        )  # (B, L, v)
+        length = q.shape[1]
+        # Full attention asks for the rows of the bias as it needs them; others want a square.
+        rows = partial(self.bias.rows, length=length)
+        bias = rows if self.attend is attend_in_tiles else self.bias(min(length, self.chunk or length))
+        look = partial(self.attend, q, k, v, function=self.function, bias=bias, mask=mask, causal=self.causal)
+        if self.weights._forward_hooks:  # somebody is recording: show the weights beside, so that nothing changes
+            with torch.no_grad():
+                look(on_weights=self.weights)
+        dropping = self.training and self.attention_dropout.p > 0
+        found = look(on_weights=self.attention_dropout if dropping else None)  # (B, L, v)
         return self._mix(residual, update, reset, candidate, found)
 
     def initial_state(self, batch: int) -> dict[str, Tensor]:
@@ -378,7 +456,7 @@ class GatedAttention(nn.Module):
             weights = torch.softmax(wide, dim=-1)
         else:
             weights = laplace(wide) if self.function == "laplace" else relu2(wide)
-        found = self._on_weights(weights.to(v.dtype)) @ values  # (B, 1, v)
+        found = self.attention_dropout(self.weights(weights.to(v.dtype))) @ values  # (B, 1, v)
         y = self._mix(residual_t.unsqueeze(1), update, reset, candidate, found)
         return y.squeeze(1), {"k": keys, "v": values}
 
@@ -392,9 +470,6 @@ class GatedAttention(nn.Module):
     def _mix(self, residual: Tensor, update: Tensor, reset: Tensor, candidate: Tensor, found: Tensor) -> Tensor:
         h = self.dropout(F.silu(candidate + self.h_proj(found * reset)))  # (B, L, D)
         return residual + update * (h - residual)
-
-    def _on_weights(self, weights: Tensor) -> Tensor:
-        return self.attention_dropout(self.weights(weights))
 
     def extra_repr(self) -> str:
         return f"function={self.function!r}, causal={self.causal}, chunk={self.chunk}"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..mechanisms.chunking import chunk_attention
 from ..mechanisms.ema import DampedEMA
-from ..mechanisms.gated_attention import GatedAttention, attend
+from ..mechanisms.gated_attention import GatedAttention, attend, attend_in_tiles
 from .configs import LongVQConfig, MegaConfig
 from .parts import Norm
 
@@ -44,7 +44,7 @@ class MegaLayer(nn.Module):
             dropout=c.dropout,
             attention_dropout=c.attention_dropout,
             hidden_dropout=c.hidden_dropout,
-            attend=attend if c.chunk is None else partial(chunk_attention, chunk=c.chunk, attend=attend),
+            attend=attend_in_tiles if c.chunk is None else partial(chunk_attention, chunk=c.chunk, attend=attend),
             chunk=c.chunk,
         )
 

@@ -1,17 +1,21 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from longseq_tutorial.mechanisms import gated_attention
 from longseq_tutorial.mechanisms.gated_attention import (
     FUNCTIONS,
     GatedAttention,
     RelativeBias,
     RotaryBias,
     attend,
+    attend_in_tiles,
     attend_slow,
     attention_weights,
     laplace,
@@ -69,6 +73,59 @@ def test_loop_equals_matrices_with_gradients(function, causal, length, masked):
         results.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("bias", ["none", "square", "simple", "rotary"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("length", "tile"), [(1, 1), (7, 8), (13, 40), (13, 52), (13, 10_000)])
+def test_tiles_equal_the_whole_with_gradients(monkeypatch, function, causal, bias, masked, length, tile):
+    monkeypatch.setattr(gated_attention, "TILE", tile)
+    tensors = [*qkv(length, v=5), torch.randn(length, length, dtype=torch.float64)]
+    module = {"simple": RelativeBias(9), "rotary": RotaryBias(4)}.get(bias, torch.nn.Identity()).double()
+    weight = torch.randn(2, length, 5, dtype=torch.float64)
+    mask = None
+    if masked:
+        mask = torch.ones(2, length, dtype=torch.bool)
+        mask[0, length // 2 :] = False
+        mask[1, : length // 3] = False
+    results = []
+    for form in (attend, attend_in_tiles):
+        q, k, v, square = inputs = [t.clone().requires_grad_() for t in tensors]
+        given = {"none": None, "square": square}.get(bias)
+        if bias in ("simple", "rotary"):
+            given = module(length) if form is attend else partial(module.rows, length=length)
+        y = form(q, k, v, function=function, bias=given, mask=mask, causal=causal)
+        leaves = [*inputs, *module.parameters()]
+        gradients = torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True)
+        results.append([y, *(g for g in gradients if g is not None)])
+    for whole, tiled in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("function", "bias"), [("softmax", "none"), ("softmax", "simple"), ("laplace", "rotary")])
+def test_tiles_never_hold_a_square(function, bias):
+    length, z = 1500, 4
+    module = {"simple": RelativeBias(length), "rotary": RotaryBias(z)}.get(bias)
+    q, k, v = (torch.randn(1, length, z, requires_grad=True) for _ in range(3))
+    with Largest() as largest:
+        rows = None if module is None else partial(module.rows, length=length)
+        attend_in_tiles(q, k, v, function=function, bias=rows).sum().backward()
+    assert largest.numel <= gated_attention.TILE + length < length**2 / 8
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
+        return out
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
