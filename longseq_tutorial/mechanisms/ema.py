@@ -213,9 +213,10 @@ class DampedEMA(nn.Module):
         """``(B, L, D) -> (B, L, D)``. Where ``mask (B, L)`` is False the EMA hears silence."""
         _check_input(x, self.dim, mask)
         heard = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
-        if self.truncation is None and self.kernel_seen._forward_hooks:
+        whole = self.truncation is None or self.truncation >= x.shape[1]  # nothing is cut off
+        if whole and self.kernel_seen._forward_hooks:
             self.kernel(x.shape[1])  # somebody is recording: show the kernel, which blocks can do without
-        if self.truncation is None:
+        if whole:
             coefficients = self.coefficients()
             alpha, delta, beta, eta = (p[: self.dim] for p in coefficients)
             back = [p[self.dim :] for p in coefficients] if self.bidirectional else None

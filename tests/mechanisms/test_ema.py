@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from longseq_tutorial.mechanisms.ema import DampedEMA, decay_powers, ema_blocks, ema_fft, ema_kernel, ema_recurrent
+from longseq_tutorial.mechanisms.fft import long_convolution_direct
 from tests import golden_numbers as golden
 
 ODD_LENGTHS = [1, 2, 3, 17, 64, 101]
@@ -157,14 +158,16 @@ def test_step_equals_parallel(length):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("length", ODD_LENGTHS)
-def test_blocks_equal_the_kernel_cut_after_everything(bidirectional, length):
-    """A truncated EMA goes through the FFT, a whole one through blocks; cut after L lags they are the same."""
-    ema = DampedEMA(3, 5, bidirectional).double()
+@pytest.mark.parametrize("truncation", [None, 3, 1000])
+def test_module_equals_the_convolution_with_its_kernel(bidirectional, length, truncation):
+    """A whole EMA runs in blocks, a truncated one through the FFT; one that cuts nothing off counts as whole."""
+    ema = DampedEMA(3, 5, bidirectional, truncation).double()
     x = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, length, 3, dtype=torch.float64)
+    kernel = ema.kernel(length)
+    direct = long_convolution_direct(x, kernel[:3], reverse_kernel=kernel[3:] if bidirectional else None)
     results = []
-    for ema.truncation in (None, length):
-        y = ema(x)
+    for y in (ema(x), direct + ema.omega * x):
         results.append([y, *torch.autograd.grad((y * weight).sum(), [x, *ema.parameters()])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
