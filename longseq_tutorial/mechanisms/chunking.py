@@ -78,10 +78,10 @@ def chunk_attention(
             :func:`longseq_tutorial.mechanisms.gated_attention.attend`.
 
     Returns:
-        ``(..., L, v)``.
+        ``(..., L, v)`` in the dtype of v.
     """
     mask, block = _check_chunk(q, k, v, chunk, bias, mask)
-    length = q.shape[-2]
+    length, dtype = q.shape[-2], v.dtype
     if mask is not None:
         mask = mask.expand(q.shape[:-1])
     elif length % block:
@@ -91,7 +91,7 @@ def chunk_attention(
         mask = split_chunks(mask.unsqueeze(-1), block).squeeze(-1)  # (..., N, C), fill is False
     attend = fused_attention if attend is None else attend
     y = attend(q, k, v, function=function, bias=bias, mask=mask, causal=causal, on_weights=on_weights)
-    return y.flatten(-3, -2)[..., :length, :]
+    return y.flatten(-3, -2)[..., :length, :].to(dtype)
 
 
 def chunk_attention_slow(
@@ -200,11 +200,11 @@ def window_attention(
             q ``(..., N, C, z)``, k and v ``(..., N, K, ·)`` and a mask for each pair, ``(..., N, C, K)``.
 
     Returns:
-        ``(..., L, v)``. A hidden key gets a weight of exactly 0. (Under softmax a padded query that sees nothing real
-        reads itself.)
+        ``(..., L, v)`` in the dtype of v. A hidden key gets a weight of exactly 0. (Under softmax a padded query that
+        sees nothing real reads itself.)
     """
     real = _check_window(q, k, v, window, bias, mask)
-    length = q.shape[-2]
+    length, dtype = q.shape[-2], v.dtype
     reach = min(window, length - 1)  # beyond the sequence there is nothing to see
     block = max(reach, 1)
     width = (2 if causal else 3) * block  # K
@@ -224,7 +224,7 @@ def window_attention(
     k, v = (_neighbours(split_chunks(x, block), causal) for x in (k, v))  # (..., N, K, ·)
     attend = fused_attention if attend is None else attend
     y = attend(q, k, v, function=function, bias=bias, mask=visible, causal=False, on_weights=on_weights)
-    return y.flatten(-3, -2)[..., :length, :]
+    return y.flatten(-3, -2)[..., :length, :].to(dtype)
 
 
 def window_attention_slow(

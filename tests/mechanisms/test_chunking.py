@@ -407,8 +407,10 @@ def test_half_precision_and_autocast(form):
     want = form(q, k, v, 8)
     low = form(q.bfloat16(), k.bfloat16(), v.bfloat16(), 8)
     assert low.dtype == torch.bfloat16
+    assert want.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = form(q, k, v, 8)
+    assert cast.dtype == torch.float32
     for got in (low, cast):
         assert (got.float() - want).abs().max() < 0.05
 
