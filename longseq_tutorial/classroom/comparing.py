@@ -223,7 +223,7 @@ def _describe_argument(name: str, value: Any) -> str:
 def _copy(value: Any, *, gradient: bool = False) -> Any:
     if isinstance(value, Tensor):
         copy = value.detach().clone()
-        return copy.requires_grad_(True) if gradient and value.is_floating_point() else copy
+        return copy.requires_grad_(True) if gradient and (value.is_floating_point() or value.is_complex()) else copy
     return value.copy() if isinstance(value, np.ndarray) else value
 
 

@@ -21,7 +21,7 @@ Letters: B batch, L length, D channels, M active tokens of the fullest sample, z
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 BIASES = ("global", "local", "rotary")
-TILE = 2**20  # scores held at a time when a sequence attends in full
+TILE = 2**20  # scores computed at a time
 
 State = dict[str, Tensor]
 
@@ -78,7 +78,7 @@ class LatentConfigurator(nn.Module):
         """
         if logits.dim() != 3 or logits.shape[-1] != 2:
             raise ValueError(f"logits must be (batch, length, 2), skip and activate; got {tuple(logits.shape)}.")
-        _check_mask(mask, logits)
+        _check_flags("mask", mask, logits)
         dtype = working_dtype(logits)
         shift = torch.tensor([self.act_bias, 0.0], dtype=dtype, device=logits.device)
         p = torch.softmax((logits.to(dtype) + shift) / self.log_temperature.to(dtype).exp(), dim=-1)  # (B, L, 2)
@@ -91,7 +91,7 @@ class LatentConfigurator(nn.Module):
 
 def compress_slow(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of :func:`compress`: walk along each sample, and append what is active."""
-    _check_active(x, active)
+    _check_sequence(x, active)
     index = torch.zeros(active.shape, dtype=torch.long, device=x.device)
     rows = []
     for b in range(x.shape[0]):
@@ -117,7 +117,7 @@ def compress(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         packed ``(B, M, D)``, where M is the largest number of active tokens in a sample, at least 1; samples with
         fewer end in rows of zeros. And index ``(B, L)``: the rank of each active token, from 1; 0 for the others.
     """
-    _check_active(x, active)
+    _check_sequence(x, active)
     index = active.cumsum(1) * active  # (B, L)
     longest = max(1, int(index.max()))
     source, slot = _addresses(index, longest)
@@ -215,14 +215,15 @@ def memory_attention(
             None: it counts packed ones (ranks).
         valid: bool ``(B, M)``, False for rows that only fill up. They are seen by nobody.
         causal: look back only.
-        on_weights: applied to the weights before they meet the values, in blocks ``(B, N, C, K)``:
-            :func:`dense_weights` lays them out as a matrix. Without a window ``(B, C, M)``, C queries at a time.
+        on_weights: applied to the weights before they meet the values, some blocks ``(B, N, C, K)`` at a time, or
+            without a window some queries ``(B, C, M)``. :func:`dense_weights` lays them out as a matrix.
 
     Returns:
         ``(B, M, v)`` in the dtype of v; zeros for a query that sees nothing. Scores run in float32 or better.
 
     With a window the cost is ``B M w`` in time and memory, whatever the bias: no M x M matrix is ever built. Without
-    one time is quadratic, memory still linear: queries go in tiles, whose scores are computed anew for the gradient.
+    one time is quadratic, memory still linear: queries go in tiles, whose scores are computed anew for the gradient
+    (so ``on_weights`` then sees them twice).
     """
     _check_attention(q, k, v, window, bias, positions, valid)
     length = q.shape[1]
@@ -247,32 +248,41 @@ def memory_attention(
         return torch.cat(tiles, dim=1)
 
     block = min(window, length)
-    count = -(-length // block)
-    before = block if count > 1 else 0  # keys in view to the left of the block
     queries, keys, values = _blocks(q, block), _around(k, block, causal), _around(v, block, causal)
-    # The view of block n begins at rank n * block - before; within it, key m and query c are this far apart:
-    apart = torch.arange(keys.shape[2], device=q.device) - before - ranks[:block, None]  # (C, K)
-    near = (apart <= 0) & (apart >= -window) if causal else apart.abs() <= window
-    visible = near & _around(valid.unsqueeze(-1), block, causal).transpose(2, 3)  # (B, N, C, K)
+    count, view = keys.shape[1:3]  # N, K
+    # The view of block n begins one block before it (if there are several): key m and query c are m - before - c apart.
+    before = block if count > 1 else 0
+    steps = torch.arange(view, device=q.device) - before - ranks[:block, None]  # (C, K)
+    near = (steps <= 0) & (steps >= -window) if causal else steps.abs() <= window
+    parts = [queries, keys, values, _around(valid.unsqueeze(-1), block, causal).transpose(2, 3)]  # ..., (B, N, 1, K)
     if positions is not None:
         place = positions.int().unsqueeze(-1)
-        there, here = _around(place, block, causal), _blocks(place, block)
-        apart = there.transpose(2, 3) - here  # (B, N, C, K)
-    divisor = window if causal else 2 * window
-    y = _read(queries, keys, values, function, divisor, bias, apart, visible, on_weights)  # (B, N, C, v)
-    return y.flatten(1, 2)[:, :length]
+        parts += [_around(place, block, causal).transpose(2, 3), _blocks(place, block)]  # (B, N, 1, K), (B, N, C, 1)
+
+    def group(q: Tensor, k: Tensor, v: Tensor, real: Tensor, *place: Tensor) -> Tensor:
+        apart = place[0] - place[1] if place else steps
+        return _read(q, k, v, function, window if causal else 2 * window, bias, apart, near & real, on_weights)
+
+    # A group of blocks at a time: small tensors are reused while warm, large ones come cold from the system.
+    many = max(1, TILE // (q.shape[0] * block * view))
+    y = [group(*some) for some in zip(*(part.split(many, dim=1) for part in parts), strict=True)]
+    return torch.cat(y, dim=1).flatten(1, 2)[:, :length]
 
 
-def dense_weights(blocks: Tensor, length: int) -> Tensor:
-    """Lay out the weights of windowed :func:`memory_attention`, ``(B, N, C, K)``, as a matrix ``(B, M, M)``.
+def dense_weights(pieces: Tensor | Sequence[Tensor], length: int) -> Tensor:
+    """Lay out what ``on_weights`` saw in one call of :func:`memory_attention` as a matrix ``(B, M, M)``.
 
-    For looking at: row = query, column = key, both ranks among the active tokens. ``length`` is M.
+    For looking at: row = query, column = key, both ranks among the active tokens. ``length`` is M; ``pieces`` is all
+    that it saw (``tape.all("weights")`` of a recording), or the one tensor where there was only one.
     """
-    batch, count, block, view = blocks.shape
-    before = block if count > 1 else 0
-    key = torch.arange(view, device=blocks.device) - before + block * torch.arange(count, device=blocks.device)[:, None]
+    blocks = pieces if isinstance(pieces, Tensor) else torch.cat(list(pieces), dim=1)
+    if blocks.dim() == 3:  # no window: complete rows already
+        return blocks
+    count, block, view = blocks.shape[1:]
+    starts = block * torch.arange(count, device=blocks.device) - (block if count > 1 else 0)
+    key = starts[:, None] + torch.arange(view, device=blocks.device)  # (N, K)
     key = key.clamp(-1, length) + 1  # columns 0 and length + 1 collect what lies outside
-    wide = blocks.new_zeros(batch, count, block, length + 2)
+    wide = blocks.new_zeros(*blocks.shape[:3], length + 2)
     wide.scatter_add_(3, key[None, :, None].expand(blocks.shape), blocks)
     return wide.flatten(1, 2)[:, :length, 1:-1]
 
@@ -413,7 +423,7 @@ class SparseActivation(nn.Module):
         """
         if h.dim() != 3 or h.shape[1] == 0 or h.shape[2] != self.dim:
             raise ValueError(f"h must be (batch, length >= 1, dim) = (*, *, {self.dim}); got {tuple(h.shape)}.")
-        _check_mask(mask, h)
+        _check_flags("mask", mask, h)
         self._check_logits(h, logits)
         if self.router is None or logits is None:
             time = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
@@ -527,21 +537,18 @@ class SparseActivation(nn.Module):
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
-def _check_mask(mask: Tensor | None, x: Tensor) -> None:
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+def _check_flags(name: str, flags: Tensor | None, x: Tensor) -> None:
+    if flags is not None and (flags.dtype != torch.bool or flags.shape != x.shape[:2]):
         raise ValueError(
-            f"mask must be bool (batch, length) = {tuple(x.shape[:2])}, True where the token is real; "
-            f"got {mask.dtype} {tuple(mask.shape)}."
+            f"{name} must be bool (batch, length) = {tuple(x.shape[:2])}, True where the token is to count; "
+            f"got {flags.dtype} {tuple(flags.shape)}. Pass {name}.bool(), shaped like that."
         )
 
 
-def _check_active(x: Tensor, active: Tensor) -> None:
+def _check_sequence(x: Tensor, active: Tensor) -> None:
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"x must be (batch, length >= 1, dim); got {tuple(x.shape)}.")
-    if active.dtype != torch.bool or active.shape != x.shape[:2]:
-        raise ValueError(
-            f"active must be bool (batch, length) = {tuple(x.shape[:2])}; got {active.dtype} {tuple(active.shape)}."
-        )
+    _check_flags("active", active, x)
 
 
 def _check_index(y: Tensor, index: Tensor) -> None:
@@ -569,12 +576,7 @@ def _check_attention(
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, or None for all; got {window}.")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] % 2 == 0):
-        raise ValueError(
-            f"bias must be (2 P - 1,), a number per distance with 0 in the middle; got {tuple(bias.shape)}."
-        )
+        raise ValueError(f"bias must be (2 P - 1,), one number per distance, 0 midway; got {tuple(bias.shape)}.")
     if positions is not None and positions.shape != q.shape[:2]:
         raise ValueError(f"positions must be (batch, M) = {tuple(q.shape[:2])}; got {tuple(positions.shape)}.")
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != q.shape[:2]):
-        raise ValueError(
-            f"valid must be bool (batch, M) = {tuple(q.shape[:2])}; got {valid.dtype} {tuple(valid.shape)}."
-        )
+    _check_flags("valid", valid, q)

@@ -202,9 +202,7 @@ def weights_of(q, k, window, **options):
     """The whole matrix (B, M, M)."""
     seen = []
     memory_attention(q, k, q, window, on_weights=lambda w: seen.append(w) or w, **options)
-    if window is None:
-        return torch.cat(seen, 1)
-    return dense_weights(seen[0], q.shape[1])
+    return dense_weights(seen, q.shape[1])
 
 
 def test_authors_relative_bias_with_clamped_ends():
@@ -233,18 +231,22 @@ def test_authors_rotary_positions():
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("window", [1, 3, 4, 20])
-def test_dense_weights_are_the_loops_matrix_and_hidden_keys_weigh_exactly_nothing(causal, function, window):
+@pytest.mark.parametrize("window", [1, 3, 4, 20, None])
+@pytest.mark.parametrize("tile", [1, 2**20])
+def test_dense_weights_are_the_loops_matrix_and_hidden_keys_weigh_exactly_nothing(
+    causal, function, window, tile, monkeypatch
+):
+    monkeypatch.setattr(sparse_activation, "TILE", tile)
     q, k = draw(2, 11, 4), draw(2, 11, 4, seed=1)
     valid = torch.arange(11) < torch.tensor([[11], [6]])
     options = {"function": FUNCTIONS[function], "valid": valid, "causal": causal}
-    seen = []
-    for form in (memory_attention, memory_attention_slow):
-        form(q, k, q, window, on_weights=lambda w: seen.append(w) or w, **options)
-    matrix = dense_weights(seen[0], 11)
-    torch.testing.assert_close(matrix, seen[1])
+    fast, slow = [], []
+    memory_attention(q, k, q, window, on_weights=lambda w: fast.append(w) or w, **options)
+    memory_attention_slow(q, k, q, window, on_weights=lambda w: slow.append(w) or w, **options)
+    matrix = dense_weights(fast, 11)
+    torch.testing.assert_close(matrix, slow[0])
     apart = torch.arange(11) - torch.arange(11)[:, None]
-    near = (apart.abs() <= window) & ((apart <= 0) if causal else torch.tensor(True))
+    near = (apart.abs() <= (window or 11)) & ((apart <= 0) if causal else torch.tensor(True))
     assert (matrix[~(near & valid.unsqueeze(1))] == 0).all()
     assert (matrix[(near & valid.unsqueeze(1))] > 0).any()
 
@@ -260,7 +262,8 @@ def test_a_query_that_sees_nothing_reads_zero():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_full_attention_in_tiles_gives_the_same_values_and_gradients(causal, monkeypatch):
+@pytest.mark.parametrize("window", [None, 2])
+def test_tiles_of_any_size_give_the_same_values_and_gradients(window, causal, monkeypatch):
     results = []
     for tile in (2**20, 50, 1):
         monkeypatch.setattr(sparse_activation, "TILE", tile)
@@ -268,7 +271,8 @@ def test_full_attention_in_tiles_gives_the_same_values_and_gradients(causal, mon
             draw(9, seed=8).requires_grad_()
         ]
         places = torch.arange(11).expand(2, -1) * 2
-        y = memory_attention(q, k, v, None, function=laplace, bias=bias, positions=places, causal=causal)
+        options = {"function": laplace, "bias": bias, "positions": places, "causal": causal}
+        y = memory_attention(q, k, v, window, **options)
         results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
