@@ -34,6 +34,7 @@ __all__ = [
     "toeplitz_product_dense",
 ]
 
+PIECE = 2**17  # numbers to transform at once on a CPU; padding and spectrum make that a few MiB
 LAYOUTS = ("sequence", "separable", "full")
 
 
@@ -149,9 +150,15 @@ def _product(lags: Tensor, v: Tensor) -> Tensor:
         circle = F.pad(lags.to(dtype), room[::-1]).roll([1 - n for n in grid], axes)  # (H, *size); pad: last axis first
         spectrum = torch.fft.rfftn(circle, dim=axes).unsqueeze(1)  # (H, 1, ..): one for every sequence and channel
         rows = v.to(dtype).movedim((-2, -1), (1, 2))  # (B, H, d, *grid)
-        y = torch.fft.irfftn(torch.fft.rfftn(rows, s=size, dim=axes) * spectrum, s=size, dim=axes)
-        y = y[(..., *(slice(n) for n in grid))]  # drop what ran over the end
-        return y.movedim((1, 2), (-2, -1)).to(v.dtype)  # (B, *grid, H, d)
+        inside = (..., *(slice(n) for n in grid))  # drops what ran over the end
+        heads = v.shape[-2]
+        if v.device.type == "cpu":  # long sequences a few heads at a time: nearer to the caches, less memory
+            heads = max(1, PIECE * heads // max(1, v.numel()))
+        y = [
+            torch.fft.irfftn(torch.fft.rfftn(some, s=size, dim=axes) * waves, s=size, dim=axes)[inside]
+            for some, waves in zip(rows.split(heads, dim=1), spectrum.split(heads), strict=True)
+        ]
+        return torch.cat(y, dim=1).movedim((1, 2), (-2, -1)).to(v.dtype)  # (B, *grid, H, d)
 
 
 def _past_only(lags: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from longseq_tutorial.mechanisms import fft_bias
 from longseq_tutorial.mechanisms.fft_bias import (
     FastRPB,
     toeplitz_matrix,
@@ -92,6 +93,14 @@ def test_separable_is_a_full_bias_of_sums(grid):
     rows, columns, v = draw(2, 2 * x - 1), draw(2, 2 * y - 1, seed=1), draw(1, x, y, 2, 3, seed=2)
     both = rows[:, :, None] + columns[:, None]
     torch.testing.assert_close(toeplitz_product_2d(rows, v, columns), toeplitz_product_2d_full(both, v))
+
+
+@pytest.mark.parametrize("piece", [1, 2 * 17 * 4 * 2, 10**9])
+def test_any_number_of_heads_at_a_time(piece, monkeypatch):
+    monkeypatch.setattr(fft_bias, "PIECE", piece)
+    assert_same(toeplitz_product, toeplitz_product_dense, draw(5, 33), draw(2, 17, 5, 4, seed=1))
+    plane, image = draw(5, 5, 7), draw(2, 3, 4, 5, 4, seed=1)
+    assert_same(toeplitz_product_2d_full, toeplitz_product_2d_full_dense, plane, image)
 
 
 def test_gradcheck():
@@ -212,10 +221,23 @@ def test_float32_inside_autocast_and_for_bfloat16(layout):
     assert lags.dtype == y.dtype == torch.float32
     assert (y - want).abs().max() < 1e-4 * want.abs().max()
     assert module.weight.grad.dtype == torch.float32 and module.weight.grad.isfinite().all()
-    half = module(v.bfloat16())
-    assert half.dtype == torch.bfloat16
+    half = module(v.bfloat16())  # bfloat16 loses digits on its way in and out, never in between
+    assert torch.equal(half, module(v.bfloat16().float()).bfloat16())
     assert (half - want).norm() < 1e-2 * want.norm()
     assert module.double()(v.double()).dtype == torch.float64
+
+
+def test_dense_forms_run_in_float32_under_autocast():
+    lags, v = torch.randn(2, 31), torch.randn(1, 16, 2, 3)
+    plane, image = torch.randn(2, 7, 7), torch.randn(1, 4, 4, 2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pairs = [
+            (toeplitz_product(lags, v), toeplitz_product_dense(lags, v)),
+            (toeplitz_product_2d(plane[:, 0], image), toeplitz_product_2d_dense(plane[:, 0], image)),
+            (toeplitz_product_2d_full(plane, image), toeplitz_product_2d_full_dense(plane, image)),
+        ]
+    for fast, dense in pairs:
+        torch.testing.assert_close(fast, dense, rtol=1e-4, atol=1e-4)
 
 
 # ---- the module ----------------------------------------------------------------------------------------------
