@@ -45,6 +45,7 @@ __all__ = [
 FeatureMap = Callable[[Tensor], Tensor]
 
 CHUNK = 128  # keys that are compared pair by pair in the causal fast form; longer ago they are in the state
+BLOCK = 2**19  # numbers in one tensor of pairs: 2 MB in float32, about what a processor's cache holds
 
 
 # ---- feature maps ----------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def elu_features(x: Tensor) -> Tensor:
 def sikf_features(x: Tensor) -> Tensor:
     """SIKF, the shift-invariant kernel function: ``exp(x)``, element by element, ``(..., d) -> (..., d)``.
 
-    Adding a constant to a whole query or key multiplies its features by one factor, which the normalisation cancels.
+    A constant added to all entries of a query, or the same one to all keys, makes one factor; normalising cancels it.
     The similarity is ``sum_a exp(q_a + k_a)``, a sum of exponentials. It is not softmax's, the exponential of a sum.
     """
     return sikf_log_features(x).exp()
@@ -175,7 +176,8 @@ def linear_attention_weights(
     stabilised here: features beyond the range of floats overflow.
     """
     keep = _check(q, k, None, mask, causal, eps)
-    phi_q, phi_k = _features(feature_map, q), _features(feature_map, k if keep is None else k.masked_fill(~keep, 0))
+    phi_q = _features(feature_map, q, plain=True)
+    phi_k = _features(feature_map, k if keep is None else k.masked_fill(~keep, 0), plain=True)
     phi_k = phi_k if keep is None else phi_k.masked_fill(~keep, 0)
     with torch.autocast(q.device.type, enabled=False):
         similarity = phi_q @ phi_k.transpose(-1, -2)  # (..., L, L)
@@ -228,7 +230,7 @@ def linear_attention(
         q, k: ``(..., L, d)``, heads before the length: ``(B, H, L, d)``. Without ``causal`` q may have another length.
         v: ``(..., L, d_v)``.
         feature_map: ``(..., d) -> (..., m)``, for queries and keys: :func:`elu_features`, :func:`sikf_features`,
-            a :class:`FavorFeatures`, or any callable of one tensor.
+            a :class:`FavorFeatures`, or any callable of one tensor that treats each token alone.
         mask: bool ``(B, L)``, True where the key is real. The features of a padded key are 0, so it weighs nothing.
         causal: query i sees keys 0 .. i only.
         eps: added to the denominator.
@@ -239,58 +241,109 @@ def linear_attention(
 
     Raises:
         TypeError: a feature map that cannot be called.
-        ValueError: shapes that do not fit, a mask that is not bool, a negative eps, a map that mixes positions.
+        ValueError: shapes that do not fit, a mask that is not bool, a negative eps, a map that loses positions.
     """
-    phi_q, phi_k, values, keep, logs = _prepare(q, k, v, feature_map, mask, causal, eps)
-    with torch.autocast(q.device.type, enabled=False):
-        ones = torch.ones_like(values[..., :1]) if keep is None else keep.to(values.dtype).expand_as(values[..., :1])
-        values = torch.cat([values, ones], dim=-1)  # (..., L, d_v + 1): the column of ones sums up to z
-        if causal:
-            y = _causal(phi_q, phi_k, values, keep, logs, eps, CHUNK)
-        else:
-            small: Tensor | float = eps
-            if logs:
-                offset = _largest(phi_k, -2)  # (..., 1, m)
-                phi_k = torch.exp(phi_k - offset)
-                phi_q, small = _queries(phi_q + offset, eps)
-            state = phi_k.transpose(-1, -2) @ values  # (..., m, d_v + 1): S and z side by side
-            y = _normalise(phi_q @ state, small)
-        return y.to(v.dtype)
+    keep = _check(q, k, v, mask, causal, eps)
+    logs = _log_features(feature_map) is not None
+    # One segment of chunks after the other, small enough that its features and pairs stay in the processor's cache.
+    block = (BLOCK if q.device.type == "cpu" else 64 * BLOCK) // max(1, q[..., 0, 0].numel())
+    size = CHUNK * max(1, block // CHUNK**2)
+    keeps = [None] * -(-k.shape[-2] // size) if keep is None else keep.split(size, dim=-2)
+    queries, keys = q.split(size, dim=-2), list(zip(k.split(size, dim=-2), v.split(size, dim=-2), keeps, strict=True))
+    y, sums = [], None
+    if causal:
+        for own_q, (own_k, own_v, own_keep) in zip(queries, keys, strict=True):
+            phi_q, phi_k, values = _prepare(own_q, own_k, own_v, own_keep, feature_map)
+            with torch.autocast(q.device.type, enabled=False):
+                own, sums = _causal(phi_q, phi_k, _with_ones(values), own_keep, logs, eps, sums, CHUNK)
+            y.append(own)
+    else:
+        for own_k, own_v, own_keep in keys:
+            _, phi_k, values = _prepare(None, own_k, own_v, own_keep, feature_map)
+            with torch.autocast(q.device.type, enabled=False):
+                sums = _add(phi_k, _with_ones(values), logs, sums)
+        assert sums is not None
+        for own_q in queries:
+            phi_q = _features(feature_map, own_q)
+            with torch.autocast(q.device.type, enabled=False):
+                y.append(_read(phi_q, logs, eps, sums))
+    return torch.cat(y, dim=-2).to(v.dtype)
+
+
+Sums = tuple[Tensor, Tensor]  # S and z side by side (..., m, d_v + 1), and their offset (..., 1, m), as in LinearState
+
+
+def _with_ones(values: Tensor) -> Tensor:
+    """Values with a column of ones, which will sum up to z: ``(..., L, d_v + 1)``."""
+    return F.pad(values, (0, 1), value=1.0)
+
+
+def _none_yet(phi_k: Tensor, values: Tensor) -> Sums:
+    state = torch.zeros_like(phi_k[..., 0, :, None] * values[..., :1, :])
+    return state, torch.full_like(phi_k[..., :1, :], _lowest(phi_k.dtype)).detach()
+
+
+def _add(phi_k: Tensor, values: Tensor, logs: bool, sums: Sums | None) -> Sums:
+    """What a segment of keys adds to the sums, all on one scale if the features come as logarithms."""
+    state, offset = sums or _none_yet(phi_k, values)
+    if logs:
+        largest = torch.maximum(offset, _largest(phi_k, -2))
+        state = state * torch.exp(offset - largest).transpose(-1, -2)
+        phi_k, offset = torch.exp(phi_k - largest), largest
+    return state + phi_k.transpose(-1, -2) @ values, offset
+
+
+def _read(phi_q: Tensor, logs: bool, eps: float, sums: Sums) -> Tensor:
+    """Every query reads from the same sums."""
+    state, offset = sums
+    small: Tensor | float = eps
+    if logs:
+        phi_q, small = _queries(phi_q + offset, eps)
+    dtype = working_dtype(phi_q, state)
+    return _normalise(phi_q.to(dtype) @ state.to(dtype), small)
 
 
 def _causal(
-    phi_q: Tensor, phi_k: Tensor, values: Tensor, keep: Tensor | None, logs: bool, eps: float, chunk: int
-) -> Tensor:
-    """The chunked form: features ``(..., L, m)`` (their logarithms if ``logs``) and values with ones to ``y``."""
+    phi_q: Tensor,
+    phi_k: Tensor,
+    values: Tensor,
+    keep: Tensor | None,
+    logs: bool,
+    eps: float,
+    sums: Sums | None,
+    chunk: int,
+) -> tuple[Tensor, Sums]:
+    """A segment of N chunks at once, after the sums of all segments before it; y and the sums for the next."""
+    state, offset = sums or _none_yet(phi_k, values)
     length, chunk = phi_q.shape[-2], min(chunk, phi_q.shape[-2])
     q, k, v = _split(phi_q, chunk), _split(phi_k, chunk, -torch.inf if logs else 0.0), _split(values, chunk)
     small: Tensor | float = eps
     if logs:
-        offset = torch.cummax(_largest(k, -2), dim=-3).values  # (..., N, 1, m): over this chunk and all before
-        before = F.pad(offset[..., :-1, :, :], (0, 0, 0, 0, 1, 0), value=_lowest(k.dtype))
-        # An early key of a chunk is scaled by the largest of the whole chunk. Should a feature rise within one chunk
-        # by more than half the range of floats, the early keys would be lost: then smaller chunks.
-        early = k.detach()[..., :1, :]  # (..., N, 1, m): the first key of each chunk
-        if keep is not None:
-            where = _split(keep, chunk).int().argmax(-2, keepdim=True).expand_as(early[..., :1])
-            early = k.detach().take_along_dim(where, dim=-2)
-        rise = offset - torch.maximum(before, early)
-        if chunk > 1 and bool(rise.max() > -math.log(torch.finfo(k.dtype).tiny) / 2):
-            return _causal(phi_q, phi_k, values, keep, logs, eps, max(1, chunk // 8))
-        k = torch.exp(k - offset)
-        q, small = _queries(q + offset, eps)
-        shrink = torch.exp(before - offset)[..., 0, :, None]  # (..., N, m, 1)
-    sums = k[..., :-1, :, :].transpose(-1, -2) @ v[..., :-1, :, :]  # (..., N - 1, m, d_v + 1): S and z of each chunk
-    state = torch.zeros_like(k[..., 0, 0, :, None] * v[..., 0, :1, :])  # (..., m, d_v + 1)
-    states = [state]  # before each chunk
-    for n, own in enumerate(sums.unbind(-3), start=1):
-        state = state + own
-        if logs:
-            state = state * shrink[..., n, :, :]
+        earlier = offset.unsqueeze(-3)  # (..., 1, 1, m)
+        largest = torch.maximum(torch.cummax(_largest(k, -2), dim=-3).values, earlier)  # (..., N, 1, m): so far
+        before = torch.cat([earlier, largest[..., :-1, :, :]], dim=-3)
+        # A chunk's early queries read what is scaled by the largest of the whole chunk. Should a feature rise within
+        # one chunk by more than half the range of floats, they would read zeros: then smaller chunks.
+        lowest, seen = _lowest(k.dtype), k.detach()
+        floor = torch.maximum(before, seen[..., :1, :])  # the largest that the first query of each chunk sees
+        if keep is not None:  # nothing, where all is padding so far: then the first key that is none
+            where = _split(keep, chunk).int().argmax(-2, keepdim=True).expand_as(floor[..., :1])
+            floor = torch.where(floor > lowest, floor, seen.take_along_dim(where, dim=-2))
+        rise = (largest - floor.clamp(min=lowest)).max()
+        if chunk > 1 and bool(rise > -math.log(torch.finfo(k.dtype).tiny) / 2):
+            return _causal(phi_q, phi_k, values, keep, logs, eps, sums, max(1, chunk // 8))
+        k = torch.exp(k - largest)
+        q, small = _queries(q + largest, eps)
+        shrink = torch.exp(before - largest).transpose(-1, -2).unbind(-3)  # N times (..., m, 1)
+        offset = largest[..., -1, :, :]
+    states = []
+    for n, own in enumerate((k.transpose(-1, -2) @ v).unbind(-3)):  # (..., m, d_v + 1): S and z of each chunk
+        state = state * shrink[n] if logs else state
         states.append(state)
+        state = state + own
     pairs = (q @ k.transpose(-1, -2)).tril()  # (..., N, C, C)
     y = _normalise(pairs @ v + q @ torch.stack(states, dim=-3), small)  # (..., N, C, d_v)
-    return y.flatten(-3, -2)[..., :length, :]
+    return y.flatten(-3, -2)[..., :length, :], (state, offset)
 
 
 # ---- the recurrent form ----------------------------------------------------------------------------------------
@@ -320,11 +373,12 @@ def linear_attention_recurrent(
     Arguments as for :func:`linear_attention`; ``state`` is what an earlier part of the sequence left behind. Returns
     ``y (..., L, d_v)`` and the state after the last position.
     """
-    phi_q, phi_k, values, _, logs = _prepare(q, k, v, feature_map, mask, True, eps)
+    keep, logs = _check(q, k, v, mask, True, eps), _log_features(feature_map) is not None
+    phi_q, phi_k, values = _prepare(q, k, v, keep, feature_map)
     y = []
     with torch.autocast(q.device.type, enabled=False):
-        for t in range(q.shape[-2]):
-            y_t, state = _step(phi_q[..., t, :], phi_k[..., t, :], values[..., t, :], logs, state, eps)
+        for phi_q_t, phi_k_t, v_t in zip(*(x.unbind(-2) for x in (phi_q, phi_k, values)), strict=True):
+            y_t, state = _step(phi_q_t, phi_k_t, v_t, logs, state, eps)
             y.append(y_t)
     assert state is not None
     return torch.stack(y, dim=-2).to(v.dtype), state
@@ -459,10 +513,11 @@ def _log_features(feature_map: FeatureMap) -> FeatureMap | None:
     return getattr(feature_map, "log_features", None)
 
 
-def _features(feature_map: FeatureMap, x: Tensor) -> Tensor:
+def _features(feature_map: FeatureMap, x: Tensor, *, plain: bool = False) -> Tensor:
+    """Features ``(..., L, m)`` in float32 or better; their logarithms, if the map has them and not ``plain``."""
     if not callable(feature_map):
         raise TypeError(f"feature_map must be callable, (..., d) -> (..., m); got {type(feature_map).__name__}.")
-    features = feature_map(x)
+    features = (feature_map if plain else _log_features(feature_map) or feature_map)(x)
     if features.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"a feature map must keep every axis but the last, {tuple(x.shape)} -> {(*x.shape[:-1], 'm')}; "
@@ -472,18 +527,17 @@ def _features(feature_map: FeatureMap, x: Tensor) -> Tensor:
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, mask: Tensor | None, causal: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
-    """Features (or their logarithms) of q and k, values, the mask beside them, and whether they are logarithms."""
-    keep = _check(q, k, v, mask, causal, eps)
-    logs = _log_features(feature_map)
+    q: Tensor | None, k: Tensor, v: Tensor, keep: Tensor | None, feature_map: FeatureMap
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of q and k (or their logarithms) and values, in one dtype, without any trace of the padding."""
     if keep is not None:
         k, v = k.masked_fill(~keep, 0), v.masked_fill(~keep, 0)
-    phi_q, phi_k = _features(logs or feature_map, q), _features(logs or feature_map, k)
+    phi_k = _features(feature_map, k)
+    phi_q = phi_k if q is None else _features(feature_map, q)
     if keep is not None:
-        phi_k = phi_k.masked_fill(~keep, -torch.inf if logs else 0)
+        phi_k = phi_k.masked_fill(~keep, 0 if _log_features(feature_map) is None else -torch.inf)
     dtype = working_dtype(phi_q, phi_k, v)
-    return phi_q.to(dtype), phi_k.to(dtype), v.to(dtype), keep, logs is not None
+    return phi_q.to(dtype), phi_k.to(dtype), v.to(dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor | None, mask: Tensor | None, causal: bool, eps: float) -> Tensor | None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longseq_tutorial.mechanisms import linear_attention as module_file
 from longseq_tutorial.mechanisms.linear_attention import (
     CHUNK,
     FavorFeatures,
@@ -87,6 +88,27 @@ def test_parallel_chunked_quadratic_and_recurrent_agree(name, length, masked):
         agree(stream, slow)
 
 
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_segments_hand_their_state_on(name, chunks, monkeypatch):
+    """Long sequences are worked off in segments of whole chunks; here very short ones, with a leap in the middle."""
+    monkeypatch.setattr(module_file, "BLOCK", chunks * 4 * CHUNK * CHUNK)
+    length, mask = 5 * CHUNK + 3, some_mask(5 * CHUNK + 3)
+    mask[0, :200] = False
+    q, k, v = qkv(length)
+    k[:, :, 300:] += 4
+    for causal in (False, True):
+        options = {"mask": mask, "causal": causal}
+        fast = with_gradients(lambda *a, o=options: linear_attention(*a, MAPS[name], **o), (q, k, v))
+        slow = with_gradients(lambda *a, o=options: linear_attention_quadratic(*a, MAPS[name], **o), (q, k, v))
+        agree(fast, slow)
+    if name in ("sikf", "favor"):
+        k[:, :, 300:] += 2000
+        fast = linear_attention(q, k, v, MAPS[name], mask=mask, causal=True)
+        agree([fast], [linear_attention_recurrent(q, k, v, MAPS[name], mask=mask)[0]], rtol=1e-7, atol=1e-9)
+        agree([fast[:, :, :300]], [slow[0][:, :, :300]])
+
+
 @pytest.mark.parametrize("name", ["elu", "sikf", "favor"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(name, causal):
@@ -106,6 +128,12 @@ def test_gradients_reach_a_learned_map(causal):
         results.append([p.grad.clone() for p in learned.parameters()])
     agree(*results)
     assert all(g.abs().max() > 0 for g in results[0])
+    inputs, mask = qkv(150), some_mask(150)
+    for x in inputs[1:]:
+        x.masked_fill_(~mask[:, None, :, None], torch.nan)
+    learned.zero_grad()
+    linear_attention(*inputs, learned, mask=mask, causal=causal).sum().backward()  # padding must not reach the map
+    assert all(p.grad.isfinite().all() for p in learned.parameters())
 
 
 @settings(deadline=None, max_examples=40)
@@ -258,6 +286,31 @@ def test_a_steep_rise_within_a_chunk_is_exact_with_its_gradients():
     slow = with_gradients(lambda *a: linear_attention_recurrent(*a, sikf_features)[0], (q, k, v))
     agree(fast, slow, rtol=1e-9, atol=1e-9)
     assert all(x.isfinite().all() for x in fast)
+
+
+@pytest.mark.parametrize("name", ["sikf", "favor"])
+def test_small_chunks_are_taken_only_where_needed(name, monkeypatch):
+    """Neither padding nor keys that are small throughout look like a steep rise."""
+    taken = []
+    causal = module_file._causal
+
+    def recorded(*args):
+        taken.append(args[-1])
+        return causal(*args)
+
+    monkeypatch.setattr(module_file, "_causal", recorded)
+    q, k, v = qkv(2 * CHUNK + 30)
+    for left, right in ((0, 0), (5, 40), (200, 0), (2 * CHUNK + 30, 0)):
+        mask = torch.ones(2, 2 * CHUNK + 30, dtype=torch.bool)
+        mask[:, :left] = False
+        mask[:, mask.shape[1] - right :] = False
+        linear_attention(q, k, v, MAPS[name], mask=mask, causal=True)
+    if name == "sikf":
+        linear_attention(q, k - 5000, v, MAPS[name], causal=True)
+    assert set(taken) == {CHUNK}
+    k[:, :, :14] *= 3000  # after which the features of FAVOR+ rise, and some of SIKF as well
+    linear_attention(q, k, v, MAPS[name], causal=True)
+    assert min(taken) < CHUNK
 
 
 # ---- types ---------------------------------------------------------------------------------------------------------
