@@ -23,7 +23,7 @@ Letters: B batch, H heads, L length, S codes, k and v widths of keys and values,
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -145,15 +145,14 @@ def vq_attention_quadratic(
     """
     _check(q, k, v, codebook, mask, window, bias)
     with torch.autocast(q.device.type, enabled=False):
-        z = nearest_code(k, codebook)
-        queries, k_hat, window_keys, values, _, bias = _prepare(q, k, v, codebook, z, mask, window, bias, exact_window)
+        x = _Ready.of(q, k, v, codebook, nearest_code(k, codebook), mask, bias, exact_window, window > 0)
         position = torch.arange(q.shape[2], device=q.device)
         offset = position[:, None] - position  # i - j, (L, L)
-        scores = _window_scores(queries @ k_hat.mT, queries, window_keys, offset, window, bias)  # (B, H, L, L)
+        scores = _window_scores(x.q @ x.k_hat.mT, x.q, x.near, offset, window, x.bias)  # (B, H, L, L)
         visible = offset >= 0 if causal else torch.ones_like(offset, dtype=torch.bool)
         if mask is not None:
             visible = visible & mask[:, None, None, :]
-        y = torch.softmax(scores.masked_fill(~visible, NEVER), dim=-1) @ values
+        y = torch.softmax(scores.masked_fill(~visible, NEVER), dim=-1) @ x.v
         return _blank_unseeing(y, mask, causal).to(v.dtype)
 
 
@@ -208,56 +207,41 @@ def vq_attention(
     bias = None if bias is None else bias[:, wide - window : wide + window + 1]
     with torch.autocast(q.device.type, enabled=False):
         z = nearest_code(k, codebook) if codes is None else codes
-        queries, k_hat, near, values, table, bias = _prepare(q, k, v, codebook, z, mask, window, bias, exact_window)
-        if causal or window or near is not None or bias is not None:
-            y = _in_blocks(queries, k_hat, near, values, table, z, mask, causal, window, bias, block)
-        else:
-            y = _over_codes(queries, values, table, z, mask)
+        x = _Ready.of(q, k, v, codebook, z, mask, bias, exact_window, window > 0)
+        by_position = causal or x.near is not None or bias is not None
+        y = _in_blocks(x, causal, window, block) if by_position else _over_codes(x)
         return _blank_unseeing(y, mask, causal).to(v.dtype)
 
 
-def _over_codes(q: Tensor, v: Tensor, codebook: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
+def _over_codes(x: "_Ready") -> Tensor:
     """Every query sees every key: one attention over S codes, each with its keys' mean value and log number."""
-    mean, log_number = _mean_and_log(*code_sums(v, z, codebook.shape[1], mask))
+    mean, log_number = _mean_and_log(*code_sums(x.v, x.z, x.codebook.shape[1], x.mask))
     # The log number belongs inside the maximum that softmax subtracts: so empty codes, however large their score, do
     # not push all others below the smallest float. Zeros that even out the widths let the fused kernel run on a CPU.
-    width = max(q.shape[-1], v.shape[-1])
-    q, keys, values = (F.pad(x, (0, width - x.shape[-1])) for x in (q, codebook.expand(len(q), -1, -1, -1), mean))
+    width, value_width = max(x.q.shape[-1], x.v.shape[-1]), x.v.shape[-1]
+    keys = x.codebook.expand(len(x.q), -1, -1, -1)  # (B, H, S, k)
+    q, keys, values = (F.pad(t, (0, width - t.shape[-1])) for t in (x.q, keys, mean))
     scores_bias = log_number.unsqueeze(2).expand(-1, -1, q.shape[2], -1)  # (B, H, L, S), a view
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=scores_bias, scale=1.0)[..., : v.shape[-1]]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=scores_bias, scale=1.0)[..., :value_width]
 
 
-def _in_blocks(
-    q: Tensor,
-    k_hat: Tensor,
-    window_keys: Tensor | None,
-    v: Tensor,
-    codebook: Tensor,
-    z: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    window: int,
-    bias: Tensor | None,
-    block: int | None,
-) -> Tensor:
+def _in_blocks(x: "_Ready", causal: bool, window: int, block: int | None) -> Tensor:
     """Blocks of c queries; block m sees keys ``m*c - w .. (m+1)*c - 1 (+ w)`` one by one, the others through codes."""
-    batch, heads, length, _ = q.shape
-    codes = codebook.shape[1]
-    c = min(length, max(16, codes // 2)) if block is None else min(block, length)
+    batch, heads, length, _ = x.q.shape
+    codes = x.codebook.shape[1]
+    c = min(length, max(32, codes // 2)) if block is None else min(block, length)
     blocks = -(-length // c)
     after = 0 if causal else window
     width = window + c + after
-    position = torch.arange(length, device=q.device)
-
-    if bias is not None:
-        bias = bias.unsqueeze(1)  # (H, 1, 2w + 1): the same in every block
+    position = torch.arange(length, device=x.q.device)
+    bias = None if x.bias is None else x.bias.unsqueeze(1)  # (H, 1, 2w + 1): the same in every block
 
     def far(which: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over codes for each block; ``which (L,)`` is the first block that a key is far from, cumulated on."""
         wanted = which < blocks
-        index = torch.where(wanted, which, 0) * codes + z  # (B, H, L)
-        real = wanted.expand_as(z) if mask is None else (wanted & mask)[:, None].expand_as(z)
-        sums, numbers = _sums(v, index, blocks * codes, real)
+        index = torch.where(wanted, which, 0) * codes + x.z  # (B, H, L)
+        real = (wanted if x.mask is None else (wanted & x.mask)[:, None]).expand_as(x.z)
+        sums, numbers = _sums(x.v, index, blocks * codes, real)
         return sums.unflatten(2, (blocks, codes)).cumsum(2), numbers.unflatten(2, (blocks, codes)).cumsum(2)
 
     sums, numbers = far((position + window) // c + 1)  # what lies before the window of a block
@@ -267,13 +251,13 @@ def _in_blocks(
         sums, numbers = sums + later_sums.flip(2), numbers + later_numbers.flip(2)
     mean, log_number = _mean_and_log(sums, numbers)  # (B, H, n, S, v), (B, H, n, S)
 
-    def around(x: Tensor) -> Tensor:
+    def around(t: Tensor) -> Tensor:
         """The keys near each block, ``(B, H, L, d) -> (B, H, n, width, d)``: overlapping, zeros beyond the ends."""
-        return F.pad(x, (0, 0, window, blocks * c - length + after)).unfold(2, width, c).mT
+        return F.pad(t, (0, 0, window, blocks * c - length + after)).unfold(2, width, c).mT
 
-    real = torch.ones(1, length, dtype=torch.bool, device=q.device) if mask is None else mask
+    real = torch.ones(1, length, dtype=torch.bool, device=x.q.device) if x.mask is None else x.mask
     real = F.pad(real, (window, blocks * c - length + after)).unfold(1, width, c).unsqueeze(1)  # (B or 1, 1, n, width)
-    offset = position[:c, None] + window - torch.arange(width, device=q.device)  # i - j, (c, width)
+    offset = position[:c, None] + window - torch.arange(width, device=x.q.device)  # i - j, (c, width)
     seen = (offset >= 0) if causal else torch.ones_like(offset, dtype=torch.bool)
 
     def attend(
@@ -281,14 +265,13 @@ def _in_blocks(
     ) -> Tensor:
         scores = _window_scores(q @ k_hat.mT, q, w[0] if w else None, offset, window, bias)  # (B, H, n, c, width)
         scores = scores.masked_fill(~(real.unsqueeze(3) & seen), NEVER)
-        over_codes = (q.flatten(2, 3) @ codebook.mT).unflatten(2, q.shape[2:4]) + log_number.unsqueeze(3)
-        weights = torch.softmax(torch.cat([scores, over_codes], dim=-1), dim=-1)
-        return weights[..., :width] @ v + weights[..., width:] @ mean
+        over_codes = (q.flatten(2, 3) @ x.codebook.mT).unflatten(2, q.shape[2:4]) + log_number.unsqueeze(3)
+        return _read(scores, v, over_codes, mean)
 
-    blocked = F.pad(q, (0, 0, 0, blocks * c - length)).unflatten(2, (blocks, c))  # (B, H, n, c, k)
-    near = [around(x) for x in (k_hat, v, window_keys) if x is not None]
+    blocked = F.pad(x.q, (0, 0, 0, blocks * c - length)).unflatten(2, (blocks, c))  # (B, H, n, c, k)
+    near = [around(t) for t in (x.k_hat, x.v, x.near) if t is not None]
     group = max(1, WORKING_SET // (batch * heads * c * (width + codes)))  # blocks worked through at once
-    parts = zip(*(x.split(group, dim=2) for x in (blocked, real, log_number, mean, *near)), strict=True)
+    parts = zip(*(t.split(group, dim=2) for t in (blocked, real, log_number, mean, *near)), strict=True)
     again = torch.is_grad_enabled() and blocks > group  # keep no weights for the way back: work them out again
     y = [checkpoint(attend, *p, use_reentrant=False, preserve_rng_state=False) if again else attend(*p) for p in parts]
     return torch.cat(y, dim=2).flatten(2, 3)[:, :, :length]
@@ -348,19 +331,20 @@ def vq_attention_blocks(
             ) from None
     with torch.autocast(q.device.type, enabled=False):
         z = nearest_code(k, codebook) if codes is None else codes
-        queries, k_hat, keys, values, table, bias = _prepare(q, k, v, codebook, z, mask, memory, bias, exact_window)
-        keys = k_hat if keys is None else keys
+        x = _Ready.of(q, k, v, codebook, z, mask, bias, exact_window, windowed=True)
+        keys = x.k_hat if x.near is None else x.near
         real = torch.ones(batch, length, dtype=torch.bool, device=q.device) if mask is None else mask
         if state is None:
-            state = empty_state(batch, codebook, memory, v.shape[-1], values.dtype)
+            state = empty_state(batch, codebook, memory, v.shape[-1], x.v.dtype)
         elif state["v"].shape[2] != memory:
             raise ValueError(f"the state remembers {state['v'].shape[2]} tokens; memory is {memory}. They must agree.")
-        original = state
-        biases = bias.split(block, dim=2) if bias is not None else [None] * -(-length // block)
+        begun = state["real"].any(1) | (state["count"].sum((1, 2)) > 0)  # something real before these tokens
+        biases = [None] * -(-length // block) if x.bias is None else x.bias.split(block, dim=2)
+        parts = zip(
+            *(t.split(block, dim=2) for t in (x.q, keys, z, x.v)), real.split(block, dim=1), biases, strict=True
+        )
         y = []
-        for q_n, k_n, z_n, v_n, real_n, bias_n in zip(
-            *(x.split(block, dim=2) for x in (queries, keys, z, values)), real.split(block, dim=1), biases, strict=True
-        ):
+        for q_n, k_n, z_n, v_n, real_n, bias_n in parts:
             if stop_cache:
                 state = {name: part.detach() for name, part in state.items()}
             recent = {  # M + block keys
@@ -370,28 +354,22 @@ def vq_attention_blocks(
                 "real": torch.cat([state["real"], real_n], dim=1),
             }
             rows, columns = q_n.shape[2], recent["k"].shape[2]
-            offset = (
-                torch.arange(rows, device=q.device)[:, None] + memory - torch.arange(columns, device=q.device)
+            offset = torch.arange(memory, memory + rows, device=q.device)[:, None] - torch.arange(
+                columns, device=q.device
             )  # i - j: (block, M + block)
-            scores = q_n @ recent["k"].mT
-            close = offset <= memory
+            scores, close = q_n @ recent["k"].mT, offset <= memory
             if exact_window:
-                scores = torch.where(close, scores, q_n @ codewords(table, recent["z"]).mT)
+                scores = torch.where(close, scores, q_n @ codewords(x.codebook, recent["z"]).mT)
             if bias_n is not None:
                 index = offset.clamp(0, memory).expand(batch, heads, rows, columns)
                 scores = scores + bias_n.gather(3, index).masked_fill(~close, 0)
             scores = scores.masked_fill(~(recent["real"][:, None, None, :] & (offset >= 0)), NEVER)
-            number = state["count"].to(values.dtype)
+            number = state["count"].to(x.v.dtype)
             log_number = torch.where(number > 0, number.clamp(min=1).log(), NEVER)
-            over_codes = q_n @ table.mT + log_number.unsqueeze(2)
-            weights = torch.softmax(torch.cat([scores, over_codes], dim=-1), dim=-1)
-            y.append(weights[..., :columns] @ recent["v"] + weights[..., columns:] @ state["mean"])
+            over_codes = q_n @ x.codebook.mT + log_number.unsqueeze(2)
+            y.append(_read(scores, recent["v"], over_codes, state["mean"]))
             state = _forget(recent, state, rows)
-        out = torch.cat(y, dim=2)
-        if mask is not None:
-            known = original["real"].any(1) | (original["count"].sum((1, 2)) > 0)  # something real before these tokens
-            out = _blank_unseeing(out, mask, causal=True, known=known)
-        return out.to(v.dtype), state
+        return _blank_unseeing(torch.cat(y, dim=2), mask, True, begun).to(v.dtype), state
 
 
 def empty_state(
@@ -427,47 +405,62 @@ def _forget(recent: dict[str, Tensor], state: dict[str, Tensor], leaving: int) -
 # ---- shared by all forms ---------------------------------------------------------------------------------------------
 
 
-def _prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    codebook: Tensor,
-    z: Tensor,
-    mask: Tensor | None,
-    window: int,
-    bias: Tensor | None,
-    exact_window: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-    """q, k_hat, the window's keys, v, codebook, bias, in the working precision; padding of k and v, even NaN, is 0.
+class _Ready(NamedTuple):
+    """What all forms work with: in the working precision, and what stands in the padding of k and v, even NaN, is 0."""
 
-    The window's keys are None where the codewords serve: their values are the same, and nobody asks for a gradient.
-    """
-    dtype = working_dtype(q, k, v, codebook)
-    q, k, v, codebook = q.to(dtype), k.to(dtype), v.to(dtype), codebook.detach().to(dtype)
-    if mask is not None:
-        padding = ~mask[:, None, :, None]
-        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-    k_hat = codewords(codebook, z)
-    window_keys = None
-    if exact_window:
-        window_keys = k
-    elif k.requires_grad and (window or bias is not None):
-        window_keys = straight_through(k, k_hat)
-    elif k.requires_grad:
-        q = q + 0 * k  # changes nothing: it gives k a gradient of zeros instead of none at all
-    return q, k_hat, window_keys, v, codebook, None if bias is None else bias.to(dtype)
+    q: Tensor
+    k_hat: Tensor  # the codewords, constant
+    near: Tensor | None  # keys of the window; None where codewords serve, since nobody asks for a gradient
+    v: Tensor
+    codebook: Tensor
+    z: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        codebook: Tensor,
+        z: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        exact_window: bool,
+        windowed: bool,
+    ) -> "_Ready":
+        dtype = working_dtype(q, k, v, codebook)
+        q, k, v, codebook = q.to(dtype), k.to(dtype), v.to(dtype), codebook.detach().to(dtype)
+        if mask is not None:
+            padding = ~mask[:, None, :, None]
+            k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+        k_hat, near = codewords(codebook, z), None
+        if exact_window:
+            near = k
+        elif k.requires_grad and (windowed or bias is not None):
+            near = straight_through(k, k_hat)
+        elif k.requires_grad:
+            q = q + 0 * k  # changes nothing: it gives k a gradient of zeros instead of none at all
+        return cls(q, k_hat, near, v, codebook, z, mask, None if bias is None else bias.to(dtype))
 
 
 def _window_scores(
-    scores: Tensor, q: Tensor, window_keys: Tensor | None, offset: Tensor, window: int, bias: Tensor | None
+    scores: Tensor, q: Tensor, near: Tensor | None, offset: Tensor, window: int, bias: Tensor | None
 ) -> Tensor:
-    """Inside the window, where ``|i - j| <= w``, scores come from ``window_keys``, and the bias is added."""
+    """Inside the window, where ``|i - j| <= w``, scores come from the keys ``near``, and the bias is added."""
     inside = offset.abs() <= window
-    if window_keys is not None:
-        scores = torch.where(inside, q @ window_keys.mT, scores)
+    if near is not None:
+        scores = torch.where(inside, q @ near.mT, scores)
     if bias is not None:
         scores = scores + bias[..., offset.clamp(-window, window) + window].masked_fill(~inside, 0)
     return scores
+
+
+def _read(near: Tensor, v: Tensor, over_codes: Tensor, mean: Tensor) -> Tensor:
+    """One softmax over two lists of scores: keys seen one by one, with their values, and codes, with their means."""
+    weights = torch.softmax(torch.cat([near, over_codes], dim=-1), dim=-1)
+    return weights[..., : v.shape[-2]] @ v + weights[..., v.shape[-2] :] @ mean
 
 
 def _blank_unseeing(y: Tensor, mask: Tensor | None, causal: bool, known: Tensor | None = None) -> Tensor:

@@ -309,6 +309,25 @@ def test_blocks_equal_the_parallel_form(length, block, memory, exact_window):
     assert torch.equal(counted, mask.sum(-1, keepdim=True).expand(2, 2))
 
 
+@pytest.mark.parametrize("memory", [0, 1, 5])
+def test_gradients_of_single_steps_equal_those_of_a_window(memory):
+    tensors = [*inputs(14)[:3], draw(2, 2 * memory + 1, seed=5)]
+    codebook = inputs(14)[3]
+
+    def blocks(q, k, v, codebook, bias):
+        return vq_attention_blocks(q, k, v, codebook, block=1, memory=memory, bias=bias[:, None, memory:])[0]
+
+    want = values_and_gradients(vq_attention_quadratic, tensors, codebook, causal=True, window=memory)
+    assert_same(values_and_gradients(blocks, tensors, codebook), want)
+
+
+def test_a_block_without_memory_still_teaches_its_own_keys():
+    q, k, v, codebook = inputs(8)
+    y, _ = vq_attention_blocks(q, k.requires_grad_(), v, codebook, block=4, memory=0)
+    grad = torch.autograd.grad(y[:, :, -1].sum(), k)[0].abs().amax((0, 1, 3))
+    assert (grad[4:] > 0).all() and grad[:4].max() == 0
+
+
 def test_blocks_carry_on_from_any_cut():
     q, k, v, codebook = inputs(31)
     whole, last = vq_attention_blocks(q, k, v, codebook, block=4, memory=3)
