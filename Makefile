@@ -8,8 +8,10 @@ PORT   ?= 8888
 TORCH_INDEX ?=
 # Stages for `make test`, all when empty: ruff format mypy tests notebooks; or cases for `make bench`, such as "ema s4d"
 ONLY ?=
-# Further options for `make train`, such as --task listops
+# Further options for `make train`, such as --task listops, or for `make bench`, such as --threads 2
 ARGS ?=
+# Any word makes `make bench` compare with other packages too; they are installed into .venv/peers and used by it alone
+PEERS ?=
 
 # Threads that wait for long should sleep and leave the cores to others: see longseq_tutorial/__init__.py.
 export GOMP_SPINCOUNT ?= 10000
@@ -51,8 +53,8 @@ notebooks: $(STAMP) ## build the notebooks from notebooks/source, executed (for 
 train: $(STAMP) ## train Mega on spoken digits in about five minutes (ARGS= passes other options)
 	@$(PY) -m longseq_tutorial.train $(or $(ARGS),--task speech --model mega --recipe cpu-5min)
 
-bench: $(STAMP) ## measure time, memory and growth of every mechanism (ONLY= picks some; takes half an hour)
-	@$(PY) -m benchmarks $(ONLY)
+bench: $(STAMP) $(if $(PEERS),$(VENV)/peers/installed) ## measure time, memory and growth (ONLY= picks cases or targets, PEERS=1 adds peers)
+	@$(if $(PEERS),PYTHONPATH="$(CURDIR)/$(VENV)/peers") $(PY) -m benchmarks $(ONLY) $(ARGS)
 
 doctor: ## say what is wrong with the environment, and how to mend it
 	@if [ -x $(PY) ]; then $(PY) -m longseq_tutorial.doctor; else $(PYTHON) -m longseq_tutorial.doctor; fi
@@ -60,6 +62,12 @@ doctor: ## say what is wrong with the environment, and how to mend it
 clean: ## remove the environment, caches and builds (never your notebooks, data or runs)
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/peers/installed: benchmarks/peers.txt $(STAMP)
+	@echo "Installing what to compare with into $(@D)."
+	@rm -rf $(@D)
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
 
 # The two checks speak in one line each; a half-made .venv is made anew.
 $(STAMP): pyproject.toml constraints.txt

@@ -1,15 +1,15 @@
 """What the machine can do at best, measured in the same run, and the work that a mechanism cannot avoid.
 
-The *floor* of a mechanism is the time that its unavoidable work takes at the best rates of this machine: matrix products
-at the rate of one large product, tensors read and written at the rate of one large copy, results written into fresh
-memory, transcendental functions at the rate of `exp` on numbers in the cache, Fourier transforms at the rate of one
-transform of that length. How far an implementation lies above its floor tells what is left to gain.
+The *floor* of a mechanism is the time that its unavoidable work takes at the best rates of this machine: matrix
+products at the rate of one large product, tensors read and written at the rate of one large copy, results written into
+fresh memory, transcendental functions at the rate of `exp` on numbers in the cache, Fourier transforms at the rate of
+one transform of that length. How far an implementation lies above its floor tells what is left to gain.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -65,7 +65,8 @@ class Limits:
         self.exp = self._exp()
 
     def rates(self) -> dict[str, float]:
-        return {"copy, bytes a second": self.copy, "product, FLOP/s": self.product, "exp a second": self.exp}
+        """A second: bytes copied, floating-point operations in a product, exponentials."""
+        return {"bytes": self.copy, "flop": self.product, "exp": self.exp}
 
     def _copy(self) -> float:
         """Bytes a second, read and written, of a copy far larger than the caches."""
@@ -138,18 +139,24 @@ def pair(
     output: int,
     products: float,
     curves: float = 0,
+    between: tuple[int, ...] = (),
+    kept: int = 0,
     again: float = 0,
-    transforms: tuple[list[Transforms], list[Transforms]] | None = None,
+    transforms: tuple[Sequence[Transforms], Sequence[Transforms]] = ((), ()),
 ) -> Pair:
     """Forward reads its inputs and writes its output. Backward reads them again and the output's gradient, writes a
-    gradient for each input, and costs two products for each one of the forward (`again`: those it has to repeat, to
-    keep nothing large) and as many curves once more."""
-    there, both = transforms or ([], [])
-    read = sum(inputs)
+    gradient for each input, and costs two products for each one of the forward and as many curves once more.
+
+    `between`: what matrix products hand on to one another: it is written and read, and so is its gradient. `kept`: what
+    only backward needs. `again`: products that backward repeats, in order to keep nothing large.
+    """
+    there, both = transforms
+    read, handed = sum(inputs), sum(between)
     return (
-        Work(products, read, [output], curves, there),
-        Work(3 * products + again, 2 * read + output, [output, *inputs], 2 * curves, both),
-    )
+        Work(products, read + handed, [output, *between], curves, list(there)),
+        Work(3 * products + again, 2 * read + output + 3 * handed + kept,
+             [output, *inputs, *between, *between, *([kept] if kept else [])], 2 * curves, list(both)),
+    )  # fmt: skip
 
 
 def ema(size: Size, directions: int = 1) -> Pair:
@@ -161,7 +168,8 @@ def ema(size: Size, directions: int = 1) -> Pair:
 def s4d_layer(size: Size) -> Pair:
     """The same with N real states; then GELU, a layer that doubles the width, and a gate."""
     count = size.batch * size.length * size.dim
-    return pair([count], count, 2 * count * (BLOCK + 2 * STATE) + 4 * count * size.dim, 2 * count)
+    products = 2 * count * (BLOCK + 2 * STATE) + 4 * count * size.dim
+    return pair([count], count, products, 2 * count, between=(count, 2 * count))
 
 
 def convolution(size: Size, kernel: bool = True) -> Pair:
@@ -183,8 +191,9 @@ def attention(size: Size, seen: int, z: int, v: int, keep: bool) -> Pair:
     backward; else they are worked out again."""
     tokens = size.batch * size.length
     scores = 2 * tokens * seen * z
-    return pair([tokens * z, tokens * z, tokens * v], tokens * v, scores + 2 * tokens * seen * v, tokens * seen,
-                0 if keep else scores)  # fmt: skip
+    products, curves = scores + 2 * tokens * seen * v, tokens * seen
+    rest = {"kept": curves} if keep else {"again": scores}
+    return pair([tokens * z, tokens * z, tokens * v], tokens * v, products, curves, **rest)
 
 
 def assignment(size: Size) -> Pair:
@@ -212,4 +221,7 @@ def mega_layer(size: Size) -> Pair:
     inside = 2 * tokens * CHUNK * (z + v)
     smooth = 2 * tokens * dim * (BLOCK + 4 * POLES)
     curves = tokens * (dim + v + (2 * dim + z + v) + CHUNK)
-    return pair([tokens * dim], tokens * dim, layers + inside + smooth, curves)
+    between = tuple(
+        tokens * width for width in (dim, v, 2 * dim + z + v, v, dim)
+    )  # EMA, values, gates, found, candidate
+    return pair([tokens * dim], tokens * dim, layers + inside + smooth, curves, between, kept=tokens * CHUNK)

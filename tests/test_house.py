@@ -86,7 +86,7 @@ def test_each_requirement_has_a_lower_bound_and_a_pin_within_it():
 
 def test_what_is_required_is_what_was_agreed():
     assert {"torch", "numpy", "matplotlib", "jupyterlab", "ipywidgets", "nbval"} <= set(GROUPS[""])
-    assert set(GROUPS) == {"", "train", "test", "site"}
+    assert set(GROUPS) == {"", "train", "test", "bench", "site"}
     assert "2.6" in str(GROUPS[""]["torch"].specifier)
     assert pins()["torch"] == Version("2.13.0")
 
