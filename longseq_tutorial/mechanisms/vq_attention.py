@@ -68,7 +68,9 @@ def nearest_code(k: Tensor, codebook: Tensor) -> Tensor:
         codes = codebook.to(dtype)
         half = codes.square().sum(-1).unsqueeze(1) / 2  # (H, 1, S)
         rows = max(1, WORKING_SET // (k.shape[0] * half.numel()))
-        return torch.cat([(part.to(dtype) @ codes.mT - half).argmax(-1) for part in k.split(rows, dim=2)], dim=2)
+        # max gives the index along with the value, and does so four times faster than argmax.
+        nearest = [(part.to(dtype) @ codes.mT).sub_(half).max(-1).indices for part in k.split(rows, dim=2)]
+        return torch.cat(nearest, dim=2)
 
 
 def codewords(codebook: Tensor, z: Tensor) -> Tensor:
@@ -116,6 +118,15 @@ def _sums(v: Tensor, index: Tensor, bins: int, real: Tensor | None) -> tuple[Ten
     sums = v.new_zeros(batch * heads * bins, width).index_add(0, where, v.flatten(0, 2))
     numbers = v.new_zeros(batch * heads * bins).index_add(0, where, one.flatten())
     return sums.view(batch, heads, bins, width), numbers.view(batch, heads, bins)
+
+
+def _running(x: Tensor, backwards: bool) -> Tensor:
+    """Cumulative sums along axis 2, block by block; ``cumsum`` is many times slower along any axis but the last."""
+    total, parts = torch.zeros_like(x[:, :, 0]), []
+    for part in x.unbind(2)[:: -1 if backwards else 1]:
+        total = total + part
+        parts.append(total)
+    return torch.stack(parts[:: -1 if backwards else 1], dim=2)
 
 
 def _mean_and_log(sums: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,19 +247,21 @@ def _in_blocks(x: "_Ready", causal: bool, window: int, block: int | None) -> Ten
     position = torch.arange(length, device=x.q.device)
     bias = None if x.bias is None else x.bias.unsqueeze(1)  # (H, 1, 2w + 1): the same in every block
 
-    def far(which: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over codes for each block; ``which (L,)`` is the first block that a key is far from, cumulated on."""
-        wanted = which < blocks
+    def far(which: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
+        """Sums over codes for each block, of all keys far from it; ``which (L,)``: the first such block for each key,
+        from where its sum is carried on (``backwards``: the last one, and on towards the first)."""
+        wanted = (which >= 0) & (which < blocks)
         index = torch.where(wanted, which, 0) * codes + x.z  # (B, H, L)
         real = (wanted if x.mask is None else (wanted & x.mask)[:, None]).expand_as(x.z)
         sums, numbers = _sums(x.v, index, blocks * codes, real)
-        return sums.unflatten(2, (blocks, codes)).cumsum(2), numbers.unflatten(2, (blocks, codes)).cumsum(2)
+        return _running(sums.unflatten(2, (blocks, codes)), backwards), _running(
+            numbers.unflatten(2, (blocks, codes)), backwards
+        )
 
     sums, numbers = far((position + window) // c + 1)  # what lies before the window of a block
-    if not causal:
-        last = torch.div(position - window, c, rounding_mode="floor") - 1  # the last block that lies before the key
-        later_sums, later_numbers = far(torch.where(last >= 0, blocks - 1 - last, blocks))
-        sums, numbers = sums + later_sums.flip(2), numbers + later_numbers.flip(2)
+    if not causal:  # and what lies after it
+        later = far(torch.div(position - window, c, rounding_mode="floor") - 1, backwards=True)
+        sums, numbers = sums + later[0], numbers + later[1]
     mean, log_number = _mean_and_log(sums, numbers)  # (B, H, n, S, v), (B, H, n, S)
 
     def around(t: Tensor) -> Tensor:
