@@ -479,30 +479,27 @@ show(
 # ## The map of the course
 #
 # Eight mechanisms, each built from nothing in its own notebook, and five published systems (Mega in two forms) made of
-# them. A dot says: this system is made with that mechanism. A filled dot stands for a notebook that you can read
-# today, a hollow one for a notebook in preparation.
+# them. A dot says: this system is made with that mechanism. Read down a column to see what a system is made of: most
+# of them join something cheap that reaches everywhere to attention that looks closely.
 
 # %%
-NOTEBOOKS = {  # notebook -> (stands today, cost in the length L, the systems that use it)
-    "01  EMA": (True, "L log L", ("Mega", "Mega-chunk", "SeqBoat")),
-    "02  S4 convolution": (False, "L log L", ("LongVQ", "SPADE")),
-    "03  gated attention": (True, "L²", ("Mega", "Mega-chunk", "SeqBoat")),
-    "04  chunks and windows": (False, "L c", ("Mega-chunk", "SeqBoat", "SPADE")),
-    "05  sparse activation": (False, "active steps only", ("SeqBoat",)),
-    "06  VQ attention": (False, "L × codes", ("LongVQ",)),
-    "07  kernel linear attention": (False, "L × features", ("FastRPB",)),
-    "08  FFT positional bias": (False, "L log L", ("FastRPB",)),
+NOTEBOOKS = {  # notebook -> (cost in the length L, the systems that use it)
+    "01  EMA": ("L log L", ("Mega", "Mega-chunk", "SeqBoat")),
+    "02  S4 convolution": ("L log L", ("LongVQ", "SPADE")),
+    "03  gated attention": ("L²", ("Mega", "Mega-chunk", "SeqBoat")),
+    "04  chunks and windows": ("L c", ("Mega-chunk", "SeqBoat", "SPADE")),
+    "05  sparse activation": ("active steps only", ("SeqBoat",)),
+    "06  VQ attention": ("L × codes", ("LongVQ",)),
+    "07  kernel linear attention": ("L × features", ("FastRPB",)),
+    "08  FFT positional bias": ("L log L", ("FastRPB",)),
 }
 SYSTEMS = ("Mega", "Mega-chunk", "SeqBoat", "LongVQ", "FastRPB", "SPADE")
 
 fig, ax = plt.subplots(figsize=(9.0, 4.4))
-for row, (stands, price, users) in enumerate(NOTEBOOKS.values()):
+for row, (price, users) in enumerate(NOTEBOOKS.values()):
     ax.plot([0, len(SYSTEMS) - 1], [row, row], color="0.85", marker="", linewidth=1, zorder=1)
     for system in users:
-        face = OKABE_ITO["blue"] if stands else "white"
-        ax.scatter(
-            SYSTEMS.index(system), row, s=170, facecolor=face, edgecolor=OKABE_ITO["blue"], linewidth=2, zorder=2
-        )
+        ax.scatter(SYSTEMS.index(system), row, s=170, color=OKABE_ITO["blue"], zorder=2)
     ax.text(len(SYSTEMS) - 0.4, row, price, va="center")
 ax.text(len(SYSTEMS) - 0.4, -0.85, "cost in L", va="center", weight="bold")
 ax.set_yticks(range(len(NOTEBOOKS)), NOTEBOOKS)
@@ -513,14 +510,13 @@ ax.tick_params(length=0)
 ax.grid(False)
 for spine in ax.spines.values():
     spine.set_visible(False)
-standing = [name for name, (stands, _, _) in NOTEBOOKS.items() if stands]
 show(
     fig,
     "The map: a table of eight mechanisms against six models. "
     + ". ".join(
-        f"{name.split('  ')[1]} (notebook {name[:2]}) in {', '.join(row[2])}" for name, row in NOTEBOOKS.items()
+        f"{name.split('  ')[1]} (notebook {name[:2]}) in {', '.join(users)}" for name, (_, users) in NOTEBOOKS.items()
     )
-    + f". Filled, so ready to read: {' and '.join(name.split('  ')[1] for name in standing)}; the rest in preparation.",
+    + ".",
 )
 
 # %% [markdown]
@@ -528,20 +524,20 @@ show(
 # |---|---|---|
 # | 00 Why long sequences | measure the wall; the map | you are here |
 # | [01 EMA](01_ema.ipynb) | a damped moving average: recurrence = kernel = FFT convolution; streaming | **ready** |
-# | 02 S4 convolution | HiPPO, discretisation, S4D and S4 | in preparation |
+# | [02 S4 convolution](02_s4_convolution.ipynb) | HiPPO, discretisation, S4D and S4 | **ready** |
 # | [03 Gated attention](03_gated_attention.ipynb) | the single-head gated unit; softmax, laplace, relu²; position biases | **ready** |
-# | 04 Chunking | chunk and sliding-window attention; what crosses a border, and how | in preparation |
-# | 05 Sparse activation | compute only where it matters; gradients through a discrete choice | in preparation |
-# | 06 VQ attention | linear time that is *exactly* attention over quantised keys | in preparation |
-# | 07 Kernel linear attention | feature maps; parallel = chunked = recurrent | in preparation |
-# | 08 FFT positional bias | a Toeplitz bias as a circulant embedding | in preparation |
-# | 09 The models | the published systems: one diagram, one table, one API | in preparation |
+# | [04 Chunking](04_chunking.ipynb) | chunk and sliding-window attention; what crosses a border, and how | **ready** |
+# | [05 Sparse activation](05_sparse_activation.ipynb) | compute only where it matters; gradients through a discrete choice | **ready** |
+# | [06 VQ attention](06_vq_attention.ipynb) | linear time that is *exactly* attention over quantised keys | **ready** |
+# | [07 Kernel linear attention](07_linear_attention.ipynb) | feature maps; parallel = chunked = recurrent | **ready** |
+# | [08 FFT positional bias](08_fft_bias.ipynb) | a Toeplitz bias as a circulant embedding | **ready** |
+# | [09 The models](09_the_models.ipynb) | the published systems: one diagram, one table, one API | **ready** |
 # | [10 Long Range Arena](10_long_range_arena.ipynb) | make the data of ListOps, train on it | **ready, in a first form** |
 # | [11 Speech](11_speech.ipynb) | classify spoken digits from the raw waveform, on your machine | **ready, in a first form** |
 # | 12 What they learned | inside trained models; quality against cost | in preparation |
 #
-# With what stands today you can build all of Mega (01, then 03), and train it (10, 11). If you are in a hurry:
-# 01 and 11.
+# All eight mechanisms and the models stand today, and Mega is trained (10, 11). The order of the table is the order of the argument,
+# but 01, 03, 04 make Mega-chunk by themselves, and 06, 07, 08 can each be read after 03. If you are in a hurry: 01 and 11.
 #
 # ### How to use a notebook
 #
