@@ -123,7 +123,8 @@ def test_the_projects_own_requirements_are_all_understood():
     lines = [*project["project"]["dependencies"], *extras["train"], *extras["test"]]
     assert len(needed) == len(lines)
     assert needed["torch"] == ("2.6", "") and needed["tyro"][1] == "train" and needed["ruff"][1] == "test"
-    assert not {re.match(r"[\w-]+", line).group() for line in extras["site"]} & set(needed)
+    for optional in ("site", "bench"):
+        assert not {re.match(r"[\w-]+", line).group() for line in extras[optional]} & set(needed)
 
 
 def test_a_module_that_crashes_python_is_named_and_does_not_take_the_doctor_along(tmp_path, monkeypatch):
