@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .blocks import Tables, block_recurrence
 from .fft import long_convolution, working_dtype
@@ -131,6 +132,7 @@ def ema_blocks(
     eta: Tensor,
     state: Tensor | None = None,
     reverse: Sequence[Tensor] | None = None,
+    skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The EMA in blocks of steps: same arguments and results as :func:`ema_recurrent`, the state included.
 
@@ -139,18 +141,26 @@ def ema_blocks(
 
     Args:
         reverse: alpha, delta, beta, eta of a second EMA that runs from the end; then there is no state to hand on.
+        skip: ``(D,)``, adds ``skip * x`` to y. In the kernel it costs nothing; by itself, several trips through memory.
     """
     _check(x, alpha, delta, beta, eta)
     dtype = working_dtype(x, alpha, delta, beta, eta)
     with torch.autocast(x.device.type, enabled=False):
-        there = _tables((alpha, delta, beta, eta), dtype)
+        there = _tables((alpha, delta, beta, eta), dtype, skip)
         y, state = block_recurrence(x.to(dtype), there, _tables(reverse, dtype) if reverse else None, state)
         return y.to(x.dtype), state
 
 
-def _tables(coefficients: Sequence[Tensor], dtype: torch.dtype) -> Callable[[int], Tables]:
+def _tables(coefficients: Sequence[Tensor], dtype: torch.dtype, skip: Tensor | None = None) -> Callable[[int], Tables]:
     alpha, delta, beta, eta = (p.to(dtype) for p in coefficients)
-    return lambda block: ema_tables(alpha, delta, beta, eta, block)
+
+    def make(block: int) -> Tables:
+        tables = ema_tables(alpha, delta, beta, eta, block)
+        if skip is None:
+            return tables
+        return tables._replace(kernel=tables.kernel + F.pad(skip.to(dtype).unsqueeze(1), (0, block - 1)))
+
+    return make
 
 
 # ---- the module ----------------------------------------------------------------------------------------------
@@ -220,6 +230,8 @@ class DampedEMA(nn.Module):
             coefficients = self.coefficients()
             alpha, delta, beta, eta = (p[: self.dim] for p in coefficients)
             back = [p[self.dim :] for p in coefficients] if self.bidirectional else None
+            if mask is None:
+                return ema_blocks(x, alpha, delta, beta, eta, reverse=back, skip=self.omega)[0]
             y, _ = ema_blocks(heard, alpha, delta, beta, eta, reverse=back)
         else:  # a kernel cut off is no recurrence
             forwards, backwards = self.kernel(x.shape[1]).tensor_split((self.dim,))
