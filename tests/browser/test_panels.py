@@ -26,7 +26,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 VIEW = "application/vnd.jupyter.widget-view+json"
 TOKEN = "only-for-this-test"
-SECONDS = 120_000  # milliseconds, of patience with one notebook on a busy machine
+SECONDS = 240_000  # milliseconds, of patience with one notebook on a busy machine
 
 if BROWSER is None:
     pytest.skip("no Chromium or Chrome on this machine", allow_module_level=True)
