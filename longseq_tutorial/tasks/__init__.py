@@ -14,11 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from .base import Batch, DataError, Split, Task, TaskConfig, collate
+from .base import Batch, DataError, PairBatch, PairSplit, Split, Task, TaskConfig, collate
 
-__all__ = ["Batch", "DataError", "Split", "Task", "TaskConfig", "collate", "load", "names", "options"]
+__all__ = [
+    "Batch", "DataError", "PairBatch", "PairSplit", "Split", "Task", "TaskConfig", "collate", "load", "names",
+    "options", "sources",
+]  # fmt: skip
 
-_TASKS = ("listops", "speech")  # one module each, with a function `load`
+_TASKS = (
+    "listops",
+    "text",
+    "retrieval",
+    "image",
+    "pathfinder",
+    "pathx",
+    "speech",
+)  # one module each, with a function `load`
 
 
 def names() -> tuple[str, ...]:
@@ -30,6 +41,11 @@ def options(name: str) -> dict[str, Any]:
     """The options that `load(name, ...)` takes beside root and seed, with their defaults."""
     parameters = inspect.signature(_module(name).load).parameters
     return {key: p.default for key, p in parameters.items() if key not in ("root", "seed")}
+
+
+def sources(name: str) -> dict[str, str]:
+    """The sources that `load(name, source=...)` knows: what each is, how large, and under which licence."""
+    return dict(_module(name).SOURCES)
 
 
 def load(name: str, *, root: str | Path | None = None, seed: int = 0, **chosen: Any) -> Task:

@@ -169,16 +169,16 @@ def read_zip(path: Path) -> Recordings:
         raise DataError(f"{path} is not a whole zip archive ({error}). Download it again.") from error
 
 
-def decode_wav(content: bytes, where: str) -> np.ndarray:
-    """The int16 samples of an 8 kHz, 16-bit, mono WAV file. Raises `DataError` naming `where` otherwise."""
+def decode_wav(content: bytes, where: str, rate: int = RATE) -> np.ndarray:
+    """The int16 samples of a 16-bit, mono WAV file of that rate. Raises `DataError` naming `where` otherwise."""
     try:
         with wave.open(io.BytesIO(content)) as file:
             got = (file.getframerate(), 8 * file.getsampwidth(), file.getnchannels())
             promised, frames = file.getnframes(), file.readframes(file.getnframes())
     except (wave.Error, EOFError, ValueError, RuntimeError) as error:
         raise DataError(f"{where} is not a whole WAV file ({error or 'cut off'}). Fetch it again.") from error
-    if got != (RATE, 16, 1):
-        raise DataError(f"{where}: wanted {RATE} Hz, 16 bit, 1 channel; got {got[0]} Hz, {got[1]} bit, {got[2]}.")
+    if got != (rate, 16, 1):
+        raise DataError(f"{where}: wanted {rate} Hz, 16 bit, 1 channel; got {got[0]} Hz, {got[1]} bit, {got[2]}.")
     if promised == 0 or len(frames) != 2 * promised:
         raise DataError(f"{where} is cut off: {len(frames) // 2} of {promised} samples. Fetch it again.")
     return np.frombuffer(frames, dtype="<i2").astype(np.int16)

@@ -34,6 +34,11 @@ LENGTH = Shape().max_length
 CHUNK = 1_000  # expressions in a file of the cache
 SIZES = {"train": 96_000, "valid": 2_000, "test": 2_000}
 SAMPLE_SIZES = {"train": 120, "valid": 40, "test": 40}
+SOURCES = {
+    "generated": "made from a seed by the published rule, 100,000 expressions, about a minute",
+    "official": "the Long Range Arena's files, if you have them (an archive of 8.2 GB, no data licence stated)",
+    "sample": "200 rows (made by this project), MIT",
+}
 OFFICIAL_FILES = {"train": "basic_train.tsv", "valid": "basic_val.tsv", "test": "basic_test.tsv"}
 _INSIDE = ("", "listops-1000", "listops", "lra_release/listops-1000", "lra_release/lra_release/listops-1000")
 

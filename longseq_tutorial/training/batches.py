@@ -7,13 +7,16 @@ batches it would have had, and any number of processes shares out the same batch
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
-from ..tasks import Batch, Split, Task, collate
+from ..tasks import Batch, PairBatch, Split, Task, collate
 
+AHEAD = 4  # batches that each worker prepares ahead, so that a GPU need not wait
 POOL = 32  # batches sorted by length together: larger saves more padding, smaller mixes more
 
 
@@ -61,29 +64,50 @@ def training_batches(
     An update always sees `batch` sequences in all, however many processes and pieces they are spread over.
     Each process takes every `processes`-th one, so that all of them get the same mix of lengths.
     """
-    per_epoch = len(task.train) // batch
+    order = _Pieces(task.train.lengths, batch, accumulate, bucket, seed, start, stop, rank, processes)
+    loader: DataLoader[Batch] = DataLoader(
+        task.train,  # type: ignore[arg-type]  # a Split is a sequence, which is all a DataLoader asks for
+        batch_sampler=order,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,  # one set of them for the whole run: an epoch's end is no gap
+        prefetch_factor=AHEAD if workers else None,
+        pin_memory=pin_memory,
+        generator=generator(seed),  # its own: a loader must not draw from the numbers that dropout uses
+    )
+    group: list[Batch] = []
     update = start
-    while update < stop:
-        epoch, done = divmod(update, per_epoch)
-        order = epoch_batches(task.train.lengths, batch, seed=seed, epoch=epoch, bucket=bucket)
-        order = order[done : done + stop - update]
-        pieces = [piece for indices in order for piece in np.split(indices[rank::processes], accumulate)]
-        loader: DataLoader[Batch] = DataLoader(
-            task.train,  # type: ignore[arg-type]  # a Split is a sequence, which is all a DataLoader asks for
-            batch_sampler=pieces,  # type: ignore[arg-type]
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            generator=generator(seed),  # its own: a loader must not draw from the numbers that dropout uses
-        )
-        group: list[Batch] = []
-        for piece in loader:
-            if augment and task.augment is not None:
-                piece = task.augment(piece, generator(seed, update, len(group), rank))
-            group.append(piece)
-            if len(group) == accumulate:
-                yield group
-                group, update = [], update + 1
+    for piece in loader:
+        if augment and task.augment is not None:
+            piece = task.augment(piece, generator(seed, update, len(group), rank))
+        group.append(piece)
+        if len(group) == accumulate:
+            yield group
+            group, update = [], update + 1
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The indices of every piece that one process sees, in order; an epoch is drawn up when it begins."""
+
+    lengths: np.ndarray
+    batch: int
+    accumulate: int
+    bucket: bool
+    seed: int
+    start: int
+    stop: int
+    rank: int
+    processes: int
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        update, per_epoch = self.start, len(self.lengths) // self.batch
+        while update < self.stop:
+            epoch, done = divmod(update, per_epoch)
+            order = epoch_batches(self.lengths, self.batch, seed=self.seed, epoch=epoch, bucket=self.bucket)
+            order = order[done : done + self.stop - update]
+            for indices in order:
+                yield from np.split(indices[self.rank :: self.processes], self.accumulate)
+            update += len(order)
 
 
 def evaluation_batches(split: Split, batch: int, *, rank: int = 0, processes: int = 1) -> Iterator[Batch]:
@@ -94,6 +118,13 @@ def evaluation_batches(split: Split, batch: int, *, rank: int = 0, processes: in
         yield collate([split[int(i)] for i in indices])
 
 
+def answer(model: nn.Module, batch: Batch | PairBatch) -> torch.Tensor:
+    """The model's logits for a batch, (batch, classes), whether it holds sequences or pairs of them."""
+    if isinstance(batch, PairBatch):
+        return model(batch.x, batch.x2, mask1=batch.mask, mask2=batch.mask2)
+    return model(batch.x, batch.mask)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`, copied while the device still computes where that is possible."""
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))

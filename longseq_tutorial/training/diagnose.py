@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tasks import Batch
+from .batches import answer
 
 
 class NonFiniteError(ArithmeticError):
@@ -40,7 +41,7 @@ def first_nonfinite(model: nn.Module, batches: Iterable[Batch]) -> str:
             for batch in batches:
                 if not batch.x.isfinite().all():
                     return f"the input batch {_what(batch.x)}"
-                model(batch.x, batch.mask)
+                answer(model, batch)
                 if found:
                     return found[0]
     finally:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .. import models, tasks
 from ..tasks import Batch, Split, Task
-from .batches import evaluation_batches, to_device, training_batches
+from .batches import answer, evaluation_batches, to_device, training_batches
 from .diagnose import NonFiniteError, first_nonfinite
 from .machine import Interrupt, reproducible
 from .recipes import Recipe
@@ -135,7 +135,7 @@ def train_update(run: Run, pieces: list[Batch]) -> list[float]:
     for i, batch in enumerate(pieces):
         more_to_come = i + 1 < len(pieces)  # processes exchange gradients only once these are complete
         with accelerator.no_sync(run.model) if more_to_come else nullcontext():
-            logits = run.model(batch.x, batch.mask)  # (batch, classes)
+            logits = answer(run.model, batch)  # (batch, classes)
             loss = F.cross_entropy(logits.float(), batch.label) + models.auxiliary_loss(run.bare_model)
             accelerator.backward(loss / len(pieces))
         scores += score(logits, batch.label)
@@ -198,7 +198,7 @@ def evaluate(
             total[3] = 1
             break
         part = to_device(part, device)
-        total[:3] += score(model(part.x, part.mask), part.label)
+        total[:3] += score(answer(model, part), part.label)
     model.train(training)
     loss, correct, sequences, stopped = (accelerator.reduce(total) if accelerator else total).tolist()
     return None if stopped else {"loss": loss / sequences, "accuracy": correct / sequences}

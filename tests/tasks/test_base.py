@@ -26,6 +26,8 @@ def split_of(*sequences: list[int], length: int | None = None) -> Split:
         ({"vocabulary": 0}, "vocabulary > 0"),
         ({"sample_rate": 8000}, "sample_rate 0"),
         ({"kind": "samples"}, "sample_rate > 0"),
+        ({"grid": (2, 4)}, "9 pixels together"),
+        ({"kind": "samples", "vocabulary": 0, "sample_rate": 9, "grid": (3, 3)}, "sample_rate > 0 or a grid"),
         ({"classes": 1}, "classes >= 2"),
         ({"length": 0}, "length >= 1"),
         ({"class_names": ("a",)}, "as many class_names; got 1"),
@@ -58,6 +60,25 @@ def test_split_cuts_to_length_selects_and_pickles():
     part = pickle.loads(pickle.dumps(split.select(split.labels != 1)))
     assert [(x.tolist(), label) for x, label in part] == [([1, 2], 0), ([5, 6], 2)]
     assert len(split.select(np.array([], dtype=int))) == 0
+
+
+def test_pictures_need_no_sample_rate():
+    config = TaskConfig("t", "samples", 2, 9, grid=[3, 3])  # a record gives lists back
+    assert config.grid == (3, 3)
+    assert TaskConfig("t", "tokens", 2, 9, vocabulary=257, grid=(3, 3)).grid == (3, 3)
+
+
+def test_small_values_become_numbers_when_they_are_read():
+    values, offsets, labels = np.array([0, 255, 51], np.uint8), np.array([0, 2, 3]), np.array([0, 1])
+    bytes_above_padding = Split(values, offsets, labels, shift=1)
+    assert bytes_above_padding[0][0].tolist() == [1, 256] and bytes_above_padding[0][0].dtype == torch.int64
+    pixels = Split(values, offsets, labels, scale=2 / 255, shift=-1)
+    assert pixels[0][0].tolist() == [-1, 1] and pixels[1][0].item() == pytest.approx(-0.6)
+    each = Split(values.astype(np.int16), offsets, labels, scale=np.array([0.5, 2]), shift=np.array([1.0, 0]))
+    assert each[0][0].tolist() == [1, 128.5] and each.select([1])[0][0].tolist() == [102]
+    assert each[0][0].dtype == torch.float32
+    with pytest.raises(DataError, match=r"scale must be one number, or one for each of 2; got \(3,\)"):
+        Split(values, offsets, labels, scale=np.ones(3))
 
 
 def test_items_are_copies():
@@ -138,15 +159,23 @@ def test_folders_that_are_none(tmp_path, monkeypatch):
 
 
 def test_names_options_and_mistakes():
-    assert tasks.names() == ("listops", "speech")
-    assert tasks.options("speech")["length"] == 8_000
-    with pytest.raises(DataError, match="unknown task 'speach'; choose from listops, speech"):
+    assert tasks.names() == ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "speech")
+    assert tasks.options("speech")["normalise"] == "rms"
+    with pytest.raises(DataError, match=r"unknown task .speach.; choose from listops, .*, speech"):
         tasks.load("speach")
     with pytest.raises(DataError, match=r"no option 'lenght'; it has .*length"):
         tasks.load("speech", lenght=3)
     for wrong in ({"train": "many"}, {"train": True}, {"train": 2.5}, {"seed": "x"}, {"root": 3}):
         with pytest.raises(DataError, match=f"{next(iter(wrong))} must be"):
             tasks.load("listops", **wrong)
+
+
+def test_sources_say_size_or_licence_of_each():
+    for name in tasks.names():
+        known = tasks.sources(name)
+        assert "sample" in known and all(known.values())
+        assert tasks.options(name)["source"] in {"auto", *known}
+        assert "made by this project" in tasks.load(name, source="sample").config.source  # offline, for every task
 
 
 def test_every_message_is_one_line():

@@ -6,8 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longseq_tutorial.tasks import Batch
-from longseq_tutorial.training.batches import epoch_batches, evaluation_batches, generator, training_batches
+from longseq_tutorial.tasks import Batch, PairBatch, PairSplit, Task, TaskConfig, collate
+from longseq_tutorial.training.batches import (
+    answer,
+    epoch_batches,
+    evaluation_batches,
+    generator,
+    to_device,
+    training_batches,
+)
 
 from . import tiny
 
@@ -96,6 +103,42 @@ def test_evaluation_sees_everything_once() -> None:
     for processes in (1, 3):
         batches = [b for r in range(processes) for b in evaluation_batches(part, 8, rank=r, processes=processes)]
         assert sorted(int(n) for b in batches for n in b.mask.sum(1)) == sorted(part.lengths.tolist())
+
+
+def pairs(count: int = 40) -> PairSplit:
+    documents = tiny.split(20, 3)
+    rng = np.random.default_rng(4)
+    return PairSplit(documents, rng.integers(0, 20, (count, 2)), rng.integers(0, 3, count))
+
+
+def test_pairs_are_batched_by_their_longer_side() -> None:
+    split = pairs()
+    task = Task(TaskConfig("tiny", "tokens", 3, 23, vocabulary=4, pairs=True), split, split, split)
+    for workers in (0, 1):
+        (batch,), *_ = training_batches(task, batch=8, seed=0, stop=2, workers=workers)
+        assert isinstance(batch, PairBatch) and len(batch.x) == len(batch.x2) == 8
+        assert isinstance(to_device(batch, torch.device("cpu")), PairBatch)
+    lengths = split.lengths
+    buckets = epoch_batches(lengths, 8, seed=0, epoch=0, bucket=True)
+    assert sum(np.ptp(lengths[b]) for b in buckets) < sum(
+        np.ptp(lengths[b]) for b in epoch_batches(lengths, 8, seed=0, epoch=0, bucket=False)
+    )
+    seen = sum(len(batch.label) for batch in evaluation_batches(split, 8))
+    assert seen == len(split)
+
+
+def test_answer_calls_a_model_of_sequences_and_one_of_pairs() -> None:
+    class Sizes(torch.nn.Module):
+        def forward(self, x, x2=None, *, mask1=None, mask2=None):
+            return x, x2, mask1, mask2
+
+    split = pairs()
+    batch = collate([split[i] for i in range(3)])
+    assert all(
+        a is b for a, b in zip(answer(Sizes(), batch), (batch.x, batch.x2, batch.mask, batch.mask2), strict=True)
+    )
+    single = collate([tiny.split(3, 0)[i] for i in range(3)])
+    assert answer(Sizes(), single)[:2] == (single.x, single.mask)
 
 
 def test_generators_differ_by_key() -> None:

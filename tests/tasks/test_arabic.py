@@ -1,0 +1,92 @@
+"""Arabic Speech Commands: the authors' repository by its CSV files, the packs, and broken files."""
+
+import numpy as np
+import pytest
+
+from longseq_tutorial import tasks
+from longseq_tutorial.tasks import DataError, arabic
+from longseq_tutorial.tasks.arabic import PACKS, WORDS20
+from longseq_tutorial.tasks.base import DataNotFound
+
+from .test_speech_commands import wav
+
+MORE = tuple(f"word{letter}" for letter in "abcdefghijklmnopqrst")
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path, monkeypatch, request):
+    if "real_data" in request.fixturenames:
+        return
+    monkeypatch.delenv("LONGSEQ_DATA", raising=False)
+    mine = tmp_path / "data"
+    mine.mkdir()
+    monkeypatch.setattr("longseq_tutorial.tasks.base.REPOSITORY_DATA", mine)
+
+
+def repository(root, words=WORDS20 + MORE, header="file,class", prefix="dataset/"):
+    """A copy in the authors' form: speakers 1 and 2 train, 3 chooses, 4 tests; one take each."""
+    rows = {"train": [header], "valid": [header], "test": [header]}
+    for i, word in enumerate(words):
+        for speaker, part in ((1, "train"), (2, "train"), (3, "valid"), (4, "test")):
+            name = f"{speaker:08d}_NO_01.wav"
+            (root / "dataset" / word).mkdir(parents=True, exist_ok=True)
+            (root / "dataset" / word / name).write_bytes(wav(800, seed=10 * i + speaker))
+            rows[part].append(f"{prefix}{word}/{name},{word}")
+    for part, lines in rows.items():
+        (root / f"{part}.csv").write_text("\n".join(line for line in lines if line) + "\n")
+    return root
+
+
+@pytest.mark.parametrize(("header", "prefix"), [("file,class", "dataset/"), ("", "./dataset/"), ("path,word", "")])
+def test_the_authors_repository(tmp_path, header, prefix):
+    root = repository(tmp_path / "arabic-speech-commands-dataset", header=header, prefix=prefix)
+    task = tasks.load("speech", root=tmp_path, source="arabic")
+    assert [len(split) for split in (task.train, task.valid, task.test)] == [40, 20, 20]
+    assert task.config.class_names == WORDS20 and task.config.length == 16_000
+    assert task.config.source == "Arabic Speech Commands, 20 words, official speaker-disjoint parts"
+    every = tasks.load("speech", root=root, source="arabic40", normalise=None)
+    assert every.config.classes == 40 and every.config.class_names[:20] == WORDS20
+    x, label = every.test[21]
+    assert every.config.class_names[label] == MORE[1]
+    assert (x[800:] == 0).all() and (x[:800] != 0).any()
+
+
+FAULTS = {
+    "no rows": ("train.csv", "file,class\n", "train.csv names no recordings"),
+    "foreign row": ("valid.csv", "file,class\nhello,yes\n", "valid.csv, row 2: wanted a file such as"),
+    "path outside": ("valid.csv", "file,class\n../../../etc/yes.wav,yes\n", "valid.csv, row 2: wanted a file"),
+    "mislabelled": ("test.csv", "file,class\ndataset/yes/00000004_NO_01.wav,no\n", "04_NO_01.wav is labelled 'no'"),
+    "speaker twice": ("test.csv", "file,class\ndataset/yes/00000003_NO_01.wav,yes\n", "speaker 00000003 is in valid"),
+    "lost file": ("test.csv", "file,class\ndataset/yes/00000009_NO_01.wav,yes\n", "cannot read yes/00000009_NO_01.wav"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_repositories(tmp_path, fault):
+    name, text, says = FAULTS[fault]
+    repository(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=says) as caught:
+        tasks.load("speech", root=tmp_path, source="arabic")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_words_broken_clips_and_no_copy(tmp_path):
+    repository(tmp_path / "few", words=WORDS20[:5])
+    with pytest.raises(DataError, match="wanted 20 words; got 5"):
+        tasks.load("speech", root=tmp_path / "few", source="arabic")
+    root = repository(tmp_path / "cut")
+    clip = root / "dataset" / "yes" / "00000001_NO_01.wav"
+    clip.write_bytes(clip.read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"00000001_NO_01.wav is cut off"):
+        tasks.load("speech", root=root, source="arabic")
+    with pytest.raises(DataNotFound, match="git clone"):
+        tasks.load("speech", source="arabic")
+
+
+def test_the_real_pack(real_data):
+    if not (real_data / PACKS[0]).exists():
+        pytest.skip("no Arabic pack there")
+    clips, said = arabic.find(real_data)
+    assert np.bincount(clips.split).tolist() == [3_600, 1_200, 1_200] and clips.words == WORDS20
+    assert clips.audio.shape == (6_000, 16_000) and "8-bit copy" in said
