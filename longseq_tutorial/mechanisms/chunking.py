@@ -14,7 +14,7 @@ z and v widths.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ __all__ = [
 Attend = Callable[..., Tensor]
 Watcher = Callable[[Tensor], Tensor]
 Cache = tuple[Tensor, Tensor]  # the keys (..., seen, z) and values (..., seen, v) a stream still remembers
+
+GROUP = 2**20  # scores worked on at once, 4 MiB in float32. Larger tensors are fetched from the system page by page.
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -88,9 +90,15 @@ def chunk_attention(
         mask = torch.ones(q.shape[:-1], dtype=torch.bool, device=q.device)  # the fill of the last block is not real
     q, k, v = (split_chunks(x, block) for x in (q, k, v))  # (..., N, C, ·)
     if mask is not None:
-        mask = split_chunks(mask.unsqueeze(-1), block).squeeze(-1)  # (..., N, C), fill is False
+        mask = split_chunks(mask.unsqueeze(-1), block)  # (..., N, C, 1), fill is False
     attend = fused_attention if attend is None else attend
-    y = attend(q, k, v, function=function, bias=bias, mask=mask, causal=causal, on_weights=on_weights)
+
+    def look(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = None if mask is None else mask.squeeze(-1)
+        return attend(q, k, v, function=function, bias=bias, mask=mask, causal=causal, on_weights=on_weights)
+
+    group = _group(q, block, on_weights)
+    y = _look_at_each(look, *(x.split(group, dim=-3) for x in (q, k, v, mask) if x is not None))
     return y.flatten(-3, -2)[..., :length, :].to(dtype)
 
 
@@ -211,19 +219,24 @@ def window_attention(
     offset = torch.arange(block + width - 1, device=q.device) - (2 * block - 1)  # every key minus query in this view
     inside = (offset.abs() <= reach) & ((offset <= 0) | (not causal))
 
-    visible = _neighbours(split_chunks(real.unsqueeze(-1), block), causal).mT  # (..., N, 1, K): not padding, not fill
-    visible = visible & _along_diagonals(inside, block)  # (..., N, C, K)
-    if mask is not None and function == "softmax":  # weights sum to 1: a query that sees nothing reads itself
-        visible = visible | (~visible.any(-1, keepdim=True) & _along_diagonals(offset == 0, block))
     if bias is not None:
         bias = bias[..., window - reach : window + reach + 1]
         bias = F.pad(bias, (2 * block - 1 - reach, width - block - 1 - reach))  # one number for each of `offset`
         bias = _along_diagonals(bias, block).unsqueeze(-3)  # (1, C, K) or (H, 1, C, K): the same in every block
 
-    q = split_chunks(q, block)  # (..., N, C, z)
-    k, v = (_neighbours(split_chunks(x, block), causal) for x in (k, v))  # (..., N, K, ·)
     attend = fused_attention if attend is None else attend
-    y = attend(q, k, v, function=function, bias=bias, mask=visible, causal=False, on_weights=on_weights)
+
+    def look(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+        """q (..., n, C, z); the others have a block more at each end (causal: at the beginning)."""
+        k, v, real = (_side_by_side(x, width // block) for x in (k, v, real))  # (..., n, K, ·)
+        visible = real.mT & _along_diagonals(inside, block)  # (..., n, C, K): not padding, not fill, in the window
+        if mask is not None and function == "softmax":  # weights sum to 1: a query that sees nothing reads itself
+            visible = visible | (~visible.any(-1, keepdim=True) & _along_diagonals(offset == 0, block))
+        return attend(q, k, v, function=function, bias=bias, mask=visible, causal=False, on_weights=on_weights)
+
+    q, k, v, real = (split_chunks(x, block) for x in (q, k, v, real.unsqueeze(-1)))  # (..., N, C, ·)
+    group = _group(q, width, on_weights)
+    y = _look_at_each(look, q.split(group, dim=-3), *(_overlapping(x, group, causal) for x in (k, v, real)))
     return y.flatten(-3, -2)[..., :length, :].to(dtype)
 
 
@@ -301,15 +314,23 @@ def window_step(
     return y, (keys[..., drop:, :], values[..., drop:, :])
 
 
-def _neighbours(blocks: Tensor, causal: bool) -> Tensor:
-    """Each block with the one before it and, unless causal, the one after: ``(..., N, C, d) -> (..., N, K, d)``.
+def _overlapping(blocks: Tensor, group: int, causal: bool) -> list[Tensor]:
+    """The blocks in groups, each with the last block before it and, unless causal, the first one behind it.
 
-    Before the first block and after the last stand zeros.
+    Before the first block and after the last stand zeros. (Slices of groups, not of the whole: the gradient of a slice
+    is as long as what it was cut from.)
     """
-    count = blocks.shape[-3]
-    shifts = 2 if causal else 3
-    padded = F.pad(blocks, (0, 0, 0, 0, 1, shifts - 2))
-    return torch.cat([padded[..., s : s + count, :, :] for s in range(shifts)], dim=-2)
+    groups = blocks.split(group, dim=-3)
+    nothing = torch.zeros_like(blocks[..., :1, :, :])
+    before = [nothing, *(g[..., -1:, :, :] for g in groups[:-1])]
+    behind = [*(g[..., :1, :, :] for g in groups[1:]), nothing]
+    return [torch.cat([b, g] if causal else [b, g, a], dim=-3) for b, g, a in zip(before, groups, behind, strict=True)]
+
+
+def _side_by_side(blocks: Tensor, shifts: int) -> Tensor:
+    """``shifts`` neighbouring blocks as one: ``(..., n + shifts - 1, C, d) -> (..., n, shifts * C, d)``."""
+    count = blocks.shape[-3] - shifts + 1
+    return torch.cat([blocks[..., s : s + count, :, :] for s in range(shifts)], dim=-2)
 
 
 def _along_diagonals(line: Tensor, block: int) -> Tensor:
@@ -318,6 +339,37 @@ def _along_diagonals(line: Tensor, block: int) -> Tensor:
     Neighbouring rows are neighbouring windows of the line: row i, column m holds entry ``C - 1 - i + m``.
     """
     return line.unfold(-1, line.shape[-1] - block + 1, 1).flip(-2)
+
+
+# ---- a long sequence, a group of blocks at a time --------------------------------------------------------------------
+
+
+def _group(q: Tensor, width: int, on_weights: Watcher | None) -> int:
+    """How many of the blocks of q ``(..., N, C, z)``, each with ``width`` keys, to work on at once.
+
+    All of them if somebody wants to see the weights; and on a GPU, which reuses its memory and likes large calls.
+    """
+    blocks, scores = q.shape[-3], q[..., 0].numel() * width
+    if on_weights is not None or q.device.type != "cpu":
+        return blocks
+    return max(1, min(blocks, GROUP * blocks // max(1, scores)))
+
+
+def _look_at_each(look: Callable[..., Tensor], *parts: Sequence[Tensor]) -> Tensor:
+    """``look`` at the first of all parts, at the second of all, and so on; the results side by side."""
+    groups = list(zip(*parts, strict=True))
+    first = look(*groups[0])
+    if len(groups) == 1:
+        return first
+    if first.requires_grad:
+        return torch.cat([first, *(look(*group) for group in groups[1:])], dim=-3)
+    y = first.new_empty(*first.shape[:-3], sum(part.shape[-3] for part in parts[0]), *first.shape[-2:])
+    places = y.split(first.shape[-3], dim=-3)  # nothing to remember, so nothing is held twice
+    places[0].copy_(first)
+    del first
+    for place, group in zip(places[1:], groups[1:], strict=True):
+        place.copy_(look(*group))
+    return y
 
 
 # ---- streaming: what both steps share --------------------------------------------------------------------------------

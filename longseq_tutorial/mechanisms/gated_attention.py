@@ -130,10 +130,16 @@ def attention_weights(
     """
     _check(q, k, None, function, bias, mask)
     length = q.shape[-2]
-    scores = q @ k.transpose(-1, -2)  # (..., L, L)
-    wide = scores if scores.dtype == torch.float64 else scores.float()
     past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if causal else None
-    visible = None if mask is None else _each_pair(mask, q)  # (..., 1 or L, L)
+    return _weights(q, k, function, bias, None if mask is None else _each_pair(mask, q), past)
+
+
+def _weights(
+    q: Tensor, k: Tensor, function: str, bias: Tensor | None, visible: Tensor | None, past: Tensor | None
+) -> Tensor:
+    """See :func:`attention_weights`; visible ``(..., 1 or L, K)`` are real keys, past ``(L, K)`` those not ahead."""
+    scores = q @ k.transpose(-1, -2)  # (..., L, K)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
     if past is not None:
         visible = past if visible is None else visible & past  # (..., L, L)
 
@@ -216,19 +222,10 @@ def attend_in_tiles(
 
     def tile(first: int, last: int) -> Tensor:
         keys = last if causal else length  # keys in sight of these queries
-        visible = torch.ones(1, 1, dtype=torch.bool, device=q.device)
-        if causal:
-            visible = torch.ones(last - first, keys, dtype=torch.bool, device=q.device).tril(first)
-        past = visible
-        if mask is not None:
-            visible = visible & mask[..., None, :keys]
-            if function == "softmax":
-                visible = visible | (~visible.any(-1, keepdim=True) & past)  # nothing real in sight: see attend
+        past = torch.ones(last - first, keys, dtype=torch.bool, device=q.device).tril(first) if causal else None
+        real = None if mask is None else mask[..., None, :keys]
         some = None if bias is None else (bias(first, last) if callable(bias) else bias[..., first:last, :])[..., :keys]
-        pairs = visible.expand(*q.shape[:-2], last - first, keys)
-        return attend(
-            q[..., first:last, :], k[..., :keys, :], v[..., :keys, :], function=function, bias=some, mask=pairs
-        )
+        return _weights(q[..., first:last, :], k[..., :keys, :], function, some, real, past) @ v[..., :keys, :]
 
     bounds = [(first, min(first + rows, length)) for first in range(0, length, rows)]
     if not torch.is_grad_enabled():

@@ -40,7 +40,16 @@ from torch.nn import functional as F
 
 import longseq_tutorial
 from longseq_tutorial import official
-from longseq_tutorial.classroom import below, fmt, growth_exponent, peak_memory, show, time_and_memory, use_style
+from longseq_tutorial.classroom import (
+    below,
+    fmt,
+    growth_exponent,
+    peak_memory,
+    quickest,
+    show,
+    time_and_memory,
+    use_style,
+)
 from longseq_tutorial.classroom.checks.gated_attention import (
     check_attend_step,
     check_bell_through,
@@ -56,6 +65,7 @@ from longseq_tutorial.mechanisms.gated_attention import (
     RelativeBias,
     RotaryBias,
     attend,
+    attend_in_tiles,
     attend_slow,
     attention_weights,
     laplace,
@@ -723,7 +733,7 @@ def question(length, heads=None, z=64, v=64):
 
 forms = {
     "full attention": (attend, (512, 1024, 2048, 4096)),
-    "chunks of 128": (lambda q, k, v: chunk_attention(q, k, v, 128, attend=attend), (1024, 2048, 4096, 8192, 16384)),
+    "chunks of 128": (lambda q, k, v: chunk_attention(q, k, v, 128, attend=attend), (512, 1024, 2048, 4096, 8192)),
 }
 threads = torch.get_num_threads()
 torch.set_num_threads(1)  # one thread waits for no other: steadier times on a busy machine
@@ -760,18 +770,18 @@ for name, cost in costs.items():
 axes[0].set(xlabel="length (positions)", ylabel="time (ms)", title="time, forward")
 axes[1].set(xlabel="length (positions)", ylabel="peak memory (MiB)", title="memory, forward")
 for ax in axes:
-    ax.set_xticks([512, 1024, 2048, 4096, 8192, 16384], ["512", "1k", "2k", "4k", "8k", "16k"])
+    ax.set_xticks([512, 1024, 2048, 4096, 8192], ["512", "1k", "2k", "4k", "8k"])
     ax.xaxis.minorticks_off()
 axes[0].legend()
 ratio = costs["full attention"][4096].bytes / costs["chunks of 128"][4096].bytes
-cheaper = costs["chunks of 128"][16384].bytes < costs["full attention"][4096].bytes
+cheaper = costs["chunks of 128"][8192].bytes < costs["full attention"][4096].bytes
 show(
     fig,
     "Time and peak memory against length on logarithmic axes: straight lines in memory, with slope "
     f"{fmt(exponent(costs['full attention'], 'bytes'))} for full attention and "
     f"{fmt(exponent(costs['chunks of 128'], 'bytes'))} for chunks of 128; in time a steep line and a flatter one. "
     f"At length 4096 full attention holds more than ten times as much: {ratio > 10}; chunks at "
-    f"16384 still hold less than full attention at 4096: {cheaper}.",
+    f"8192 still hold less than full attention at 4096: {cheaper}.",
 )
 
 # %% [markdown]
@@ -779,6 +789,170 @@ show(
 # doubles. Time follows, with some noise, and is often steeper still: a map that no longer fits the caches is slower to
 # write, number by number. What chunks give up is everything beyond their borders, and in Mega-chunk
 # it is the EMA that carries news across. That is chapter 04.
+
+# %% [markdown]
+# ## Why this is fast
+#
+# `attend` is the matrix form of *The fast version*: make the map, use it, done. It does nearly all of its work in two matrix
+# products, which is what processors are built for. And still most of its time goes elsewhere. Count, for one pair of a query
+# and a key:
+#
+# $$ \underbrace{2z + 2v}_{\text{operations, in two products}} \;+\; \underbrace{1}_{\text{erf or exp}} \;+\;
+#    \underbrace{8\,p}_{\text{bytes, in } p \text{ passes over the map}} . $$
+#
+# In words: the score is a sum of $z$ products, the pair's share of the output another $v$ multiplications and additions, and
+# one hard function is taken of the score. Those have to be. The rest is traffic: dividing, adding the bias, subtracting
+# the mean and so on are *passes*, and each reads a map of $L^2$ numbers and writes a new one. At 4,096 positions a map is
+# 64 MiB. No cache holds that; worse, memory that is new has to be fetched from the system page by page, and many
+# machines take longer to fetch a number than to compute it.
+#
+# The remedy changes no formula. No query needs another query's row. So take some queries, as many as make **a tile of about one
+# megabyte** of scores, finish them, and take the next: every pass then runs over numbers that are still in the cache.
+# The bias comes in tiles, too, straight from its table, and no $L \times L$ square is ever made:
+
+
+# %%
+def in_tiles(q, k, v, rows_of_bias, size=2**18):
+    """q, k (L, z), v (L, v) -> (L, v), laplace; rows_of_bias(first, last) -> (last - first, L)."""
+    length, found = len(q), []
+    for first in range(0, length, max(1, size // length)):
+        last = min(first + max(1, size // length), length)
+        scores = q[first:last] @ k.mT / length + rows_of_bias(first, last)
+        found.append(laplace(scores) @ v)
+    return torch.cat(found)
+
+
+position = RelativeBias(256).double()
+torch.manual_seed(0)
+q, k, v = (torch.randn(1100, width, dtype=torch.float64) for width in (8, 8, 5))
+square, rows = position(1100), partial(position.rows, length=1100)
+error = largest(in_tiles(q, k, v, rows), attend(q, k, v, function="laplace", bias=square))
+print("in tiles = at once:", below(error, 1e-12), "- a tile is", 2**18 // 1100, "queries against 1100 keys")
+
+# %% [markdown]
+# Two things are left to do, and the package's `attend_in_tiles` does both. The way *back* needs the weights again, and keeping them would
+# mean keeping the map: so each tile is made once more when its turn comes, for one more product and one more erf
+# a pair; whether that pays, we shall measure. And softmax *without* a bias has a tiled form inside PyTorch, `scaled_dot_product_attention`. On a processor its lean
+# kernel wants queries and values of one width, else it makes the whole map after all; Mega's values are wider than its
+# queries. Zeros help: a product with zeros is zero, so queries and keys may be widened at will, if the scale
+# $1/\sqrt z$ is the old one. Values and all gradients, the table's among them:
+
+# %%
+wide = [torch.randn(1, 1100, width, dtype=torch.float64) for width in (8, 8, 5)]
+for name, bias_of in (("softmax", False), ("softmax", True), ("laplace", True), ("relu2", True)):
+    results = []
+    for form in (attend, attend_in_tiles):
+        inputs = [t.clone().requires_grad_() for t in wide]
+        bias = (rows if form is attend_in_tiles else position(1100)) if bias_of else None
+        y = form(*inputs, function=name, bias=bias)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs + [position.table] * bias_of)])
+    worst = max(largest(a, b) for a, b in zip(*results, strict=True))
+    print(
+        f"{name:8} {'with a bias' if bias_of else 'no bias':12} {len(results[0]) - 1} gradients: {below(worst, 1e-11)}"
+    )
+
+# %% [markdown]
+# How far from the best possible is that? Measure a **floor** on this very machine: the time of a large matrix product
+# with as many operations, plus the time of as many erf (or exp) of numbers that lie in the cache. The $L(2z+2v)$ numbers
+# which must be read and written are next to nothing beside $L^2$ pairs. No program gets below it with float32 on one core. Left,
+# laplace with a bias; right, softmax without, where PyTorch's call stands as anybody would write it, and the same with zeros
+# added. In both, look at which lines stay level as the map outgrows the cache, and at their distance from the dotted one.
+
+# %%
+Z_WIDE, V_WIDE = 64, 256  # Mega's: the values are wider
+lengths = [512, 1024, 2048, 4096]
+threads = torch.get_num_threads()
+torch.set_num_threads(1)
+matrix, tile, whole = torch.randn(1024, 1024), torch.randn(2**18), torch.randn(2**24)  # 4, 1 and 64 MiB
+operations_a_second = 2 * 1024**3 / quickest(lambda: matrix @ matrix)
+hard = {"laplace": torch.erf, "softmax": torch.exp}
+hard = {name: quickest(lambda f=f: f(tile), patience=0.03) / tile.numel() for name, f in hard.items()}
+floor = {name: 2 * (Z_WIDE + V_WIDE) / operations_a_second + seconds for name, seconds in hard.items()}
+a_pass = {len(x): quickest(lambda x=x: x + 1, patience=0.03) / len(x) for x in (tile, whole)}  # one number, one pass
+table = RelativeBias(4096).requires_grad_(False)
+ways = {
+    ("laplace", "whole map"): lambda *qkv: attend(*qkv, function="laplace", bias=table(qkv[0].shape[1])),
+    ("laplace", "in tiles"): lambda *qkv: attend_in_tiles(
+        *qkv, function="laplace", bias=partial(table.rows, length=qkv[0].shape[1])
+    ),
+    ("softmax", "whole map"): attend,
+    ("softmax", "PyTorch's call"): F.scaled_dot_product_attention,
+    ("softmax", "the same, zeros added"): attend_in_tiles,
+}
+inputs = {n: [torch.randn(1, n, width) for width in (Z_WIDE, Z_WIDE, V_WIDE)] for n in lengths}
+a_pair = {way: [quickest(partial(f, *inputs[n]), patience=0.03) / n**2 for n in lengths] for way, f in ways.items()}
+held = {way: peak_memory(partial(f, *inputs[4096])) for way, f in ways.items()}
+torch.set_num_threads(threads)
+
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True)
+for ax, name in zip(axes, ("laplace", "softmax"), strict=True):
+    for (function, way), times in a_pair.items():
+        if function == name:
+            ax.plot(lengths, [1e9 * t for t in times], label=way)
+    ax.axhline(1e9 * floor[name], color="black", linestyle=":", marker="", label="floor")
+    ax.set(
+        xscale="log", xlabel="length (positions)", title=f"{name}, {'with' if name == 'laplace' else 'without'} a bias"
+    )
+    ax.set_xticks(lengths, ["512", "1k", "2k", "4k"])
+    ax.xaxis.minorticks_off()
+    ax.legend(fontsize="small")
+axes[0].set(ylabel="nanoseconds for each pair", ylim=(0, None))
+tiles, zeros, plain = (
+    a_pair["laplace", "in tiles"],
+    a_pair["softmax", "the same, zeros added"],
+    ("softmax", "whole map"),
+)
+facts = {
+    "one pass over a fresh map of 64 MiB takes at least twice as long, for each number, as over a tile": (
+        a_pass[2**24] > 2 * a_pass[2**18]
+    ),
+    "laplace at 4,096, tiles are faster than the whole map": tiles[-1] < a_pair["laplace", "whole map"][-1],
+    "and within six times of the floor": tiles[-1] < 6 * floor["laplace"],
+    "from 1,024 to 4,096 a pair in tiles does not become dearer by half": tiles[-1] < 1.5 * tiles[1],
+    "softmax at 4,096, adding zeros makes PyTorch's call faster": zeros[-1] < a_pair["softmax", "PyTorch's call"][-1],
+    "and its memory less than a quarter": held["softmax", "the same, zeros added"]
+    < held["softmax", "PyTorch's call"] / 4,
+    "laplace in tiles holds less than a tenth of what the whole map does": held["laplace", "in tiles"]
+    < held["laplace", "whole map"] / 10,
+}
+show(
+    fig,
+    "Time for each pair of query and key against the length, queries of width 64 and values of width 256, one core, with the floor "
+    "as a dotted line. Left laplace, as a whole map and in tiles; right softmax, as a whole map, PyTorch's call, and the same with "
+    "zeros added. " + "; ".join(f"{fact}: {holds}" for fact, holds in facts.items()) + ".",
+)
+
+# %% [markdown]
+# Short sequences first, as they are the honest part: up to 512 positions the map *is* one tile, and where it is not much
+# larger, `attend` is hard to beat and tiles cost a little. As it grows the whole map climbs, and tiles stay level, a few times
+# above the floor. What brought most is no formula but **never touching the map as a whole**: a pass over a fresh map takes at
+# least twice as long for each number as one over a tile, and laplace makes half a dozen. What remains above the floor is
+# those passes, in the cache, and products of narrow tiles, which are slower than a large square one.
+#
+# On the right PyTorch's call makes the map, too, since the widths differ. With zeros added it becomes a tiled kernel, level like
+# ours on the left. Zeros are not free: they widen the first product from 64 to 256. At 4,096 they pay all the same.
+#
+# And the way back? There each tile is made a second time. Count it, forward and backward together:
+
+# %%
+torch.set_num_threads(1)
+training = {}
+for way in (("laplace", "whole map"), ("laplace", "in tiles")):
+    leaves = [x.clone().requires_grad_() for x in inputs[2048]]
+
+    def once(way=way, leaves=leaves):
+        torch.autograd.grad(ways[way](*leaves).sum(), leaves)
+
+    training[way[1]] = quickest(once, patience=0), peak_memory(once)
+torch.set_num_threads(threads)
+(whole_time, whole_bytes), (tile_time, tile_bytes) = training["whole map"], training["in tiles"]
+print("with the way back, 2,048 positions: tiles take less than twice the time:", tile_time < 2 * whole_time)
+print("and hold less than a fifth of the memory:", tile_bytes < whole_bytes / 5)
+
+# %% [markdown]
+# In time it is about even at this length: what is saved on the way there, the second making spends on the way back. In memory it is
+# not even at all. So `GatedAttention` attends in tiles unless told otherwise: time still grows like $L^2$, memory
+# like $L$. (When somebody records the weights, or drops some of them at random, they are made in one piece after all.)
 
 # %% [markdown]
 # ## The panel
@@ -1140,6 +1314,7 @@ print(
 # * **Masks**: softmax before the function, with $-\infty$; laplace and relu² after it, with 0, since laplace(0) is not 0.
 # * **Position** is a bias that depends on $j - i$ alone: a table, or (rotary) two turned vectors.
 # * **A Mega layer** is norm → EMA → gated attention → mix. Queries, keys and gates read the smoothed sequence, values the sharp one.
-# * The map still costs $L^2$. One head makes it smaller, not linear.
+# * The map still costs $L^2$ in time; one head makes it smaller, not linear. In **tiles** of a megabyte it never exists as a
+#   whole, so memory grows like $L$, and long sequences are faster, too.
 #
 # Next, chapter 04 cuts the map into chunks, and asks what crosses a border, and how.

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longseq_tutorial.mechanisms import chunking
 from longseq_tutorial.mechanisms.chunking import (
     BucketedBias,
     chunk_attention,
@@ -21,6 +22,8 @@ from longseq_tutorial.mechanisms.chunking import (
 )
 from longseq_tutorial.mechanisms.gated_attention import FUNCTIONS, attend, laplace, relu2
 from tests import golden_numbers
+
+look_at_each = chunking._look_at_each
 
 
 def qkv(length, lead=(2,), seed=0):
@@ -507,3 +510,44 @@ def test_bucketed_bias_learns_one_number_a_bucket():
 def test_wrong_input_is_refused_in_words(call, words):
     with pytest.raises(ValueError, match=words):
         call(*qkv(6))
+
+
+# ---- a group of blocks at a time -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scores", [1, 300, 1000])
+def test_groups_of_blocks_change_nothing_in_values_or_gradients(monkeypatch, function, causal, masked, scores):
+    """Two sequences, three heads, blocks of 5: groups of one block, of a few, with a rest; each border is crossed."""
+    monkeypatch.setattr(chunking, "GROUP", scores)
+    groups = []
+    monkeypatch.setattr(chunking, "_look_at_each", lambda look, *p: groups.append(len(p[0])) or look_at_each(look, *p))
+    mask = torch.stack([torch.arange(43) >= 7, torch.arange(43) < 29]) if masked else None
+    options = {"causal": causal, "function": function, "lead": (2, 3)}
+    compare(chunk_attention, chunk_attention_slow, 43, 5, torch.randn(5, 5, dtype=torch.float64), mask, **options)
+    compare(window_attention, window_attention_slow, 43, 5, torch.randn(3, 11, dtype=torch.float64), mask, **options)
+    assert min(groups) > 1  # it was really done in groups
+    q, k, v = qkv(43, lead=(2, 3))
+    for fast, slow in ((chunk_attention, chunk_attention_slow), (window_attention, window_attention_slow)):
+        options = {"mask": mask, "causal": causal, "function": function, "attend": attend}  # no gradient: one result
+        seen = slice(None) if mask is None else mask[:, None].expand(2, 3, 43)
+        torch.testing.assert_close(fast(q, k, v, 5, **options)[seen], slow(q, k, v, 5, **options)[seen])
+
+
+def test_no_tensor_of_a_long_sequence_holds_more_scores_than_a_group(monkeypatch):
+    monkeypatch.setattr(chunking, "GROUP", 2**12)
+    q, k, v = (t.requires_grad_() for t in qkv(2048, lead=(1,)))
+    for form in (chunk_attention, window_attention):
+        with Largest() as seen:
+            form(q, k, v, 16, function="laplace", attend=attend).sum().backward()
+        assert seen.numel <= 2048 * 6  # q, k, v themselves are larger than a group of scores
+
+
+def test_who_watches_the_weights_sees_all_of_them_at_once(monkeypatch):
+    monkeypatch.setattr(chunking, "GROUP", 1)
+    for form, keys in ((chunk_attention, 4), (window_attention, 12)):
+        seen = []
+        form(*qkv(12), 4, attend=attend, on_weights=lambda w, seen=seen: seen.append(w.shape) or w)
+        assert seen == [(2, 3, 4, keys)]
