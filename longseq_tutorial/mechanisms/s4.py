@@ -136,11 +136,8 @@ def discretize(A: Tensor, B: Tensor, dt: Tensor, method: str = "zoh") -> tuple[T
 
     "zoh" (zero-order hold) is exact for an input that stands still between samples: ``exp(dt A)`` and
     ``(exp(dt A) - 1) / A * B``. "bilinear" replaces the exponential by ``(1 + dt A/2) / (1 - dt A/2)``, with
-    ``dt B / (1 - dt A/2)``. Both map the left half plane into the unit circle: what decays goes on decaying.
-
-    Args:
-        A, B: ``(D, N/2)`` complex. dt: ``(D,)`` real, the time between samples.
-        method: "zoh" or "bilinear".
+    ``dt B / (1 - dt A/2)``. Both map the left half plane into the unit circle: what decays goes on decaying. A, B are
+    ``(D, N/2)`` complex; dt ``(D,)`` is the time between samples.
     """
     if method not in METHODS:
         raise ValueError(f"discretization must be one of {', '.join(METHODS)}; got {method!r}.")
@@ -157,23 +154,12 @@ def discretize(A: Tensor, B: Tensor, dt: Tensor, method: str = "zoh") -> tuple[T
 
 
 def s4d_recurrent(
-    u: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    state: Tensor | None = None,
-    discretization: str = "zoh",
+    u: Tensor, A: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None = None, discretization: str = "zoh"
 ) -> tuple[Tensor, Tensor]:
     """The diagonal system one time step after the other: ``x = Abar x + Bbar u[t]``, ``y[t] = 2 Re sum(C x)``.
 
-    Args:
-        u: ``(B, L, D)`` real.
-        A, B, C: ``(D, N/2)`` complex. dt: ``(D,)``.
-        state: ``(B, D, N/2)`` complex, left behind by an earlier part; ``None`` for the beginning.
-
-    Returns:
-        ``y (B, L, D)`` and the state after the last step.
+    Takes u ``(B, L, D)`` real; A, B, C ``(D, N/2)`` complex; dt ``(D,)``; and the state ``(B, D, N/2)`` complex that an
+    earlier part left behind, ``None`` for the beginning. Returns ``y (B, L, D)`` and the state after the last step.
     """
     _check(A, B, C, dt=dt, u=u)
     decay, push = discretize(A, B, dt, discretization)
@@ -209,28 +195,19 @@ def s4d_kernel(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, discret
 
     As ``Abar**(a * block + b) = Abar**(a * block) * Abar**b``, about ``2 sqrt(length)`` powers of each eigenvalue are
     enough, and the sum over states becomes a product of two real matrices whose inner axis holds the N real and
-    imaginary parts. Nothing of size ``D * N * length`` exists.
-
-    Args:
-        A, B, C: ``(D, N/2)`` complex, one of each conjugate pair. dt: ``(D,)`` real.
-        length: number of lags, at least 1.
-        discretization: "zoh" or "bilinear".
-
-    Returns:
-        ``(D, length)`` real, in float32 or better.
+    imaginary parts. Nothing of size ``D * N * length`` exists. Takes A, B, C ``(D, N/2)`` complex, one of each
+    conjugate pair, and dt ``(D,)`` real; returns ``(D, length)`` real, in float32 or better.
     """
     _check(A, B, C, dt=dt, length=length)
     dtype = working_dtype(A, B, C, dt)
     with torch.autocast(A.device.type, enabled=False):
         rate, push = _rate_and_push(A, B, dt, discretization)
-        weight = (2 * C.to(push.dtype) * push).unsqueeze(-1)  # (D, N/2, 1)
         block = math.isqrt(length - 1) + 1  # sqrt(length), rounded up: both tables equally short
         steps = torch.arange(block, device=A.device, dtype=torch.float64)
-        real, imag = _powers(rate, steps[: -(-length // block)] * block, dtype)  # (D, N/2, a): powers 0, block, ..
-        fine = torch.cat(_powers(rate, steps, dtype), dim=1)  # (D, N, b): powers 0, 1, 2, ..
-        wr, wi = weight.real.to(dtype), weight.imag.to(dtype)
-        coarse = torch.cat([wr * real - wi * imag, -(wr * imag + wi * real)], dim=1)  # (D, N, a)
-        return (coarse.transpose(1, 2) @ fine).flatten(1)[:, :length]  # Re(p q) = Re p Re q - Im p Im q
+        fine = _powers(rate, steps, dtype)  # (D, N/2, b): powers 0, 1, 2, ..
+        coarse = _weighted(2 * C * push, *_powers(rate, steps[: -(-length // block)] * block, dtype), sign=-1)
+        # Re(p q) = Re p Re q - Im p Im q, with 0, block, 2 block, .. and 0, 1, 2, ..: (D, a, N) @ (D, N, b)
+        return (coarse.mT @ torch.stack(fine, dim=2).flatten(1, 2)).flatten(1)[:, :length]
 
 
 def s4d_tables(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, block: int, discretization: str = "zoh") -> Tables:
@@ -244,25 +221,14 @@ def s4d_tables(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, block: int, discreti
         rate, push = _rate_and_push(A, B, dt, discretization)
         steps = torch.arange(block + 1, device=A.device, dtype=torch.float64)
         real, imag = _powers(rate, steps, dtype)  # (D, N/2, C + 1)
-
-        def weighted(weight: Tensor, sign: int, powers: slice) -> Tensor:
-            """Real part and (sign) imaginary part of weight * powers, in turn: ``(D, N, C)``."""
-            wr, wi = weight.real.to(dtype).unsqueeze(-1), weight.imag.to(dtype).unsqueeze(-1)
-            re, im = real[..., powers], imag[..., powers]
-            return torch.stack([wr * re - wi * im, sign * (wr * im + wi * re)], dim=2).flatten(1, 2)
-
-        write = weighted(push, 1, slice(0, block))
-        read = weighted(2 * C, -1, slice(1, None))  # 2 Re(c x) = 2 Re c Re x - 2 Im c Im x
-        now = weighted(2 * C, -1, slice(0, 1)).mT  # (D, 1, N)
-        return Tables((now @ write).squeeze(1), read.mT, write.flip(-1), torch.complex(real[..., -1], imag[..., -1]))
+        write = _weighted(push, real[..., :-1], imag[..., :-1])  # (D, N, C)
+        read = _weighted(2 * C, real, imag, sign=-1)  # (D, N, C + 1); 2 Re(c x) = 2 Re c Re x - 2 Im c Im x
+        kernel = (read[..., :1].mT @ write).squeeze(1)
+        return Tables(kernel, read[..., 1:].mT, write.flip(-1), torch.complex(real[..., -1], imag[..., -1]))
 
 
 def _rate_and_push(A: Tensor, B: Tensor, dt: Tensor, discretization: str) -> tuple[Tensor, Tensor]:
-    """``log(Abar)`` and ``Bbar``, in double precision.
-
-    (D, N/2) numbers cost nothing, and a fast mode turns by thousands of radians within a long kernel: single precision
-    would lose its phase.
-    """
+    """``log(Abar)`` and ``Bbar``, in double precision: a fast mode turns by thousands of radians in a long kernel."""
     A, B, dt = A.to(torch.complex128), B.to(torch.complex128), dt.double()
     decay, push = discretize(A, B, dt, discretization)
     if discretization == "zoh":
@@ -281,6 +247,12 @@ def _powers(rate: Tensor, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor
     smallest = math.log(torch.finfo(dtype).tiny) / 2  # half, so that a product of two powers is normal too
     size = torch.exp(log_size.to(dtype)).masked_fill(log_size < smallest, 0.0)
     return size * torch.cos(angle).to(dtype), size * torch.sin(angle).to(dtype)
+
+
+def _weighted(weight: Tensor, real: Tensor, imag: Tensor, sign: int = 1) -> Tensor:
+    """``weight (D, h)`` times powers ``(D, h, K)``: real part and (sign) imaginary part in turn, ``(D, N, K)`` real."""
+    wr, wi = weight.real.to(real.dtype).unsqueeze(-1), weight.imag.to(real.dtype).unsqueeze(-1)
+    return torch.stack([wr * real - wi * imag, sign * (wr * imag + wi * real)], dim=2).flatten(1, 2)
 
 
 # ---- S4: diagonal plus low rank, the slow forms --------------------------------------------------------------------
@@ -305,45 +277,30 @@ def s4_recurrent(
 ) -> tuple[Tensor, Tensor]:
     """The DPLR system one time step after the other, in N operations a step and not N**2.
 
-    The bilinear rule says ``(1 - dt A/2) x[t] = (1 + dt A/2) x[t-1] + dt B u[t]``. With A diagonal plus rank one, the
-    right side is a few vectors; so is the solution on the left, by the Woodbury identity (Sherman-Morrison).
-
-    Args:
-        u: ``(B, L, D)`` real.
-        Lambda, P, B, C: ``(D, N/2)`` complex, C the true output vector. dt: ``(D,)``.
-        state: ``(B, D, N/2)`` complex or ``None``.
-
-    Returns:
-        ``y (B, L, D)`` and the state after the last step.
+    The bilinear rule says ``(1 - dt A/2) x[t] = (1 + dt A/2) x[t-1] + dt B u[t]``; as the right matrix is 2 minus the
+    left one, ``x[t] = (1 - dt A/2)^-1 (2 x[t-1] + dt B u[t]) - x[t-1]``. For that inverse see `_half_step`.
+    Arguments and results as in :func:`s4d_recurrent`; C is the true output vector.
     """
     _check(Lambda, P, B, C, dt=dt, u=u)
     x = torch.zeros(u.shape[0], *B.shape, dtype=B.dtype, device=u.device) if state is None else state
-    advance = _dplr_stepper(Lambda, P, B, dt)
+    inverse, column, row = _half_step(Lambda, P, dt)
     y = []
     for t in range(u.shape[1]):
-        x = advance(x, u[:, t])
+        v = 2 * x + dt.unsqueeze(-1) * B * u[:, t, :, None]  # (B, D, N/2)
+        x = inverse * v - column * 2 * (row * v).sum(-1, keepdim=True).real - x
         y.append(2 * (C * x).sum(-1).real)
     return torch.stack(y, dim=1), x
 
 
-def _dplr_stepper(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """What takes a state ``(B, D, N/2)`` and an input ``(B, D)`` to the next state."""
-    dt = dt.unsqueeze(-1)
-    inverse = 1 / (1 - dt / 2 * Lambda)  # (D, N/2): solves the diagonal part
-    low_rank = dt / 2 * P
+def _half_step(Lambda: Tensor, P: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(1 - dt A/2)^-1`` as ``v -> inverse * v - column * 2 Re sum(row * v)``, three vectors ``(D, N/2)``.
 
-    def along_p(v: Tensor) -> Tensor:  # P^* v over all N states, a real number
-        return 2 * (P.conj() * v).sum(-1, keepdim=True).real
-
-    solved = inverse * low_rank
-    correction = solved / (1 + along_p(solved))
-
-    def advance(x: Tensor, u: Tensor) -> Tensor:
-        right = x + dt / 2 * Lambda * x - low_rank * along_p(x) + dt * B * u.unsqueeze(-1)
-        right = inverse * right
-        return right - correction * along_p(right)
-
-    return advance
+    That matrix is diagonal plus rank one; so is its inverse, by the Woodbury identity (here: Sherman-Morrison).
+    """
+    half = dt.unsqueeze(-1) / 2
+    inverse = 1 / (1 - half * Lambda)
+    row = P.conj() * inverse
+    return inverse, half * inverse * P / (1 + half * 2 * (row * P).sum(-1, keepdim=True).real), row
 
 
 def c_from_tilde(Lambda: Tensor, P: Tensor, C_tilde: Tensor, dt: Tensor, length: int) -> Tensor:
@@ -381,9 +338,8 @@ def tilde_from_c(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int) 
     _check(Lambda, P, C, dt=dt, length=length)
     with torch.autocast(C.device.type, enabled=False):
         Abar, _ = _real_dense(Lambda, P, P, dt)
+        c = _reading(C.to(torch.complex128))
         power = torch.linalg.matrix_power(Abar, length)  # (D, N, N)
-        wide = C.to(torch.complex128)
-        c = torch.cat([wide.real, -wide.imag], dim=-1)  # Re(C z) = c . (Re z, Im z)
         real, imag = (c - (c.unsqueeze(-2) @ power).squeeze(-2)).chunk(2, dim=-1)
         return torch.complex(real, -imag).to(C.dtype)
 
@@ -391,40 +347,45 @@ def tilde_from_c(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int) 
 def s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, block: int) -> Tables:
     """What full S4 does in a block of steps: see :class:`~longseq_tutorial.mechanisms.blocks.Tables`.
 
-    Within a block no Cauchy kernel is needed: a few powers of the small matrix ``Abar`` are enough, each pair of them
-    twice as far as the pair before. The state is kept as N real numbers, real parts first. C is the true one.
+    Within a block no Cauchy kernel is needed: a few powers of the small matrix ``Abar`` are enough, each the square of
+    the one before; in double precision, since every squaring doubles the errors of phase. The state is kept as N real
+    numbers, real parts first. C is the true one.
     """
     _check(Lambda, P, B, C, dt=dt, length=block)
     dtype = working_dtype(Lambda, P, B, C, dt)
     with torch.autocast(B.device.type, enabled=False):
         Abar, push = _real_dense(Lambda, P, B, dt)
-        wide = 2 * C.to(torch.complex128)
-        now = torch.cat([wide.real, -wide.imag], dim=-1).unsqueeze(1)  # (D, 1, N): y = now . x
-        write, read, power = push.unsqueeze(-1), now @ Abar, Abar  # Abar**0 Bbar, C Abar**1; power: Abar**columns
+        now = _reading(2 * C.to(torch.complex128)).unsqueeze(1)  # (D, 1, N): y = now . x
+        power, write, read = Abar, push.unsqueeze(-1).to(dtype), (now @ Abar).to(dtype)  # Abar, Bbar, C Abar
         while write.shape[2] < block:
-            write = torch.cat([write, power @ write], dim=2)
-            read = torch.cat([read, read @ power], dim=1)
+            ahead = power.to(dtype)  # Abar**columns
+            write = torch.cat([write, ahead @ write], dim=2)
+            read = torch.cat([read, read @ ahead], dim=1)
             power = power @ power
         if write.shape[2] > block:  # not a power of two
             write, read, power = write[..., :block], read[:, :block], torch.linalg.matrix_power(Abar, block)
-        kernel = (now @ write).squeeze(1)  # (D, C)
-        return Tables(kernel.to(dtype), read.to(dtype), write.flip(-1).to(dtype), power.to(dtype))
+        return Tables((now.to(dtype) @ write).squeeze(1), read, write.flip(-1), power.to(dtype))
 
 
 def _real_dense(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     """The sampled DPLR system over real numbers, float64: ``Abar (D, N, N)``, ``Bbar (D, N)``.
 
-    A conjugate pair z is written as (Re z, Im z): then A is a *real* matrix,
-    ``[[Re Lambda, -Im Lambda], [Im Lambda, Re Lambda]] - 2 p p^T`` with ``p = [Re P, Im P]``.
+    ``Abar = 2 (1 - dt A/2)^-1 - 1`` is what `_half_step` says, and ``Bbar = dt/2 (Abar + 1) B``: no system of equations
+    to solve. A pair z is written as (Re z, Im z); times m that is a real matrix, ``[[Re m, -Im m], [Im m, Re m]]``.
     """
-    Lambda, P, B = (v.to(torch.complex128) for v in (Lambda, P, B))
-    re, im = torch.diag_embed(Lambda.real), torch.diag_embed(Lambda.imag)
-    p, b = (torch.cat([v.real, v.imag], dim=-1) for v in (P, B))  # (D, N)
-    A = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2) - 2 * p.unsqueeze(-1) * p.unsqueeze(-2)
-    step = dt[:, None, None].double()
-    one = torch.eye(p.shape[-1], dtype=torch.float64, device=p.device)
-    solved = torch.linalg.solve(one - step / 2 * A, torch.cat([one + step / 2 * A, step * b.unsqueeze(-1)], dim=-1))
-    return solved[..., :-1], solved[..., -1]
+    Lambda, P, B, dt = *(v.to(torch.complex128) for v in (Lambda, P, B)), dt.double()
+    inverse, column, row = _half_step(Lambda, P, dt)
+    m, h = 2 * inverse - 1, Lambda.shape[-1]
+    turn = torch.diag_embed(m.imag, -h) - torch.diag_embed(m.imag, h)
+    Abar = torch.diag_embed(torch.cat([m.real, m.real], dim=-1)) + turn
+    column, b = (torch.cat([v.real, v.imag], dim=-1).unsqueeze(-1) for v in (4 * column, B))
+    Abar = Abar - column * _reading(row).unsqueeze(-2)
+    return Abar, (dt[:, None, None] / 2 * (b + Abar @ b)).squeeze(-1)
+
+
+def _reading(c: Tensor) -> Tensor:
+    """The real vector ``(D, N)`` whose product with (Re z, Im z) is ``Re sum(c z)``."""
+    return torch.cat([c.real, -c.imag], dim=-1)
 
 
 def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C_tilde: Tensor, dt: Tensor, length: int) -> Tensor:
@@ -438,38 +399,25 @@ def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C_tilde: Tensor, dt: Tensor,
 
     Where ``w = -1`` (Nyquist, even lengths) that is infinity times 0; its limit is ``dt Re sum(C_tilde B)`` over the
     half. The sums are evaluated for a block of frequencies at a time, and once more in the backward pass, so that
-    nothing of size ``D * N * length`` is ever held.
-
-    Args:
-        Lambda, P, B, C_tilde: ``(D, N/2)`` complex; C_tilde belongs to ``length``, see :func:`tilde_from_c`.
-        dt: ``(D,)`` real.
-        length: number of lags, at least 1.
-
-    Returns:
-        ``(D, length)`` real, in float32 or better.
+    nothing of size ``D * N * length`` is ever held. Takes ``(D, N/2)`` complex vectors (C_tilde belongs to ``length``,
+    see :func:`tilde_from_c`) and dt ``(D,)`` real; returns ``(D, length)`` real, in float32 or better.
     """
     _check(Lambda, P, B, C_tilde, dt=dt, length=length)
     dtype = working_dtype(Lambda, P, B, C_tilde, dt)
     with torch.autocast(B.device.type, enabled=False):
-        Lambda, P, B, C_tilde = (
-            v.to(torch.complex128 if dtype == torch.float64 else torch.complex64) for v in (Lambda, P, B, C_tilde)
-        )
-        dt = dt.to(dtype)
+        wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+        Lambda, P, B, C_tilde, dt = *(v.to(wide) for v in (Lambda, P, B, C_tilde)), dt.to(dtype)
         poles = dt.unsqueeze(-1) * Lambda  # (D, N/2)
         tops = torch.stack([B * C_tilde, B * P.conj(), P * C_tilde, P * P.conj()], dim=1) * dt[:, None, None]
         # Numerators of the conjugate pairs, joined: v / (z - p) + v' / (z - p') = (first z + second) / ..., real each.
-        first, second = 2 * tops.real, -2 * (tops * poles.conj().unsqueeze(1)).real
-        tops = torch.cat([first, second], dim=1)  # (D, 8, N/2)
+        tops = 2 * torch.cat([tops.real, -(tops * poles.conj().unsqueeze(1)).real], dim=1)  # (D, 8, N/2)
         k = torch.arange((length + 1) // 2, dtype=torch.float64, device=B.device)  # below Nyquist
         tangent = torch.tan(math.pi / length * k).to(dtype)
         blocks = tangent.split(max(1, _BLOCK // poles.numel()))
-        forgetful = torch.is_grad_enabled() and len(blocks) > 1
-        spectrum = [
-            checkpoint(_response, tops, poles, t, use_reentrant=False, preserve_rng_state=False)
-            if forgetful
-            else _response(tops, poles, t)
-            for t in blocks
-        ]
+        response = _response
+        if torch.is_grad_enabled() and len(blocks) > 1:  # forget the sums, compute them again on the way back
+            response = partial(checkpoint, _response, use_reentrant=False, preserve_rng_state=False)
+        spectrum = [response(tops, poles, t) for t in blocks]
         if length % 2 == 0:
             nyquist = dt * (C_tilde * B).sum(-1).real
             spectrum.append(torch.complex(nyquist, torch.zeros_like(nyquist)).unsqueeze(-1))
@@ -502,7 +450,13 @@ class _StateSpace(nn.Module):
     checkpoints then need to know nothing of complex numbers. Eigenvalues are ``-exp(log_real) + i imag``: the real part
     cannot become positive, no kernel can explode. Bidirectional: a second C (rows D.. of it) reads the same kind of
     states run from the end; A, B, dt are shared.
+
+    A subclass names its system's vectors (`system`) and the three forms that take them: kernel, blocks, steps.
     """
+
+    _kernel: Callable[..., Tensor]
+    _tables: Callable[..., Tables]
+    _steps: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, dim: int, A: Tensor, B: Tensor, bidirectional: bool, dt_min: float, dt_max: float) -> None:
         super().__init__()
@@ -523,7 +477,7 @@ class _StateSpace(nn.Module):
         system = self.system()
         if self.bidirectional:  # all but C serve both directions
             system = tuple(p if p.shape[0] == 2 * self.dim else torch.cat([p, p]) for p in system)
-        return self.kernel_seen(self._kernel(system, length))
+        return self.kernel_seen(self._kernel(*system, length))
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, L, D) -> (B, L, D)``. Where ``mask (B, L)`` is False the system hears silence."""
@@ -538,8 +492,8 @@ class _StateSpace(nn.Module):
         if self.kernel_seen._forward_hooks:
             self.kernel(u.shape[1])  # somebody is recording: show the kernel, which blocks can do without
         *shared, C, dt = self.system()
-        there = partial(self._tables, (*shared, C[: self.dim], dt))
-        back = partial(self._tables, (*shared, C[self.dim :], dt)) if self.bidirectional else None
+        there = partial(self._tables, *shared, C[: self.dim], dt)
+        back = partial(self._tables, *shared, C[self.dim :], dt) if self.bidirectional else None
         with torch.autocast(u.device.type, enabled=False):
             y, _ = block_recurrence(heard.to(working_dtype(u, C)), there, back)
         return y.to(u.dtype) + self.skip.to(u.dtype) * u
@@ -555,27 +509,16 @@ class _StateSpace(nn.Module):
         self._check_streaming()
         if u_t.dim() != 2 or u_t.shape[1] != self.dim:
             raise ValueError(f"u_t must be (batch, dim) = (*, {self.dim}), one time step; got {tuple(u_t.shape)}.")
-        y, state = self._recurrent(u_t.unsqueeze(1).to(working_dtype(self.C)), state)
+        y, state = self._steps(u_t.unsqueeze(1).to(working_dtype(self.C)), *self.system(), state)
         return y[:, 0].to(u_t.dtype) + self.skip.to(u_t.dtype) * u_t, state
 
     def system(self) -> tuple[Tensor, ...]:
-        raise NotImplementedError
-
-    def _kernel(self, system: tuple[Tensor, ...], length: int) -> Tensor:
-        raise NotImplementedError
-
-    def _tables(self, system: tuple[Tensor, ...], block: int) -> Tables:
-        raise NotImplementedError
-
-    def _recurrent(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def _eigenvalues(self) -> Tensor:
-        dtype = working_dtype(self.log_real)
-        return torch.complex(-torch.exp(self.log_real.to(dtype)), self.imag.to(dtype))
-
-    def _complex(self, pairs: Tensor) -> Tensor:
-        return torch.view_as_complex(pairs.to(working_dtype(pairs)))
+        """``A, B, C, dt`` of S4D, ``Lambda, P, B, C, dt`` of S4, ready for the functions above; float32 or better."""
+        dtype = working_dtype(self.log_dt)
+        eigenvalues = torch.complex(-torch.exp(self.log_real.to(dtype)), self.imag.to(dtype))
+        pairs = (getattr(self, name) for name in ("P", "B", "C") if hasattr(self, name))
+        vectors = (torch.view_as_complex(each.to(dtype)) for each in pairs)
+        return eigenvalues, *vectors, torch.exp(self.log_dt.to(dtype))
 
     def _check_streaming(self) -> None:
         if self.bidirectional:
@@ -620,23 +563,9 @@ class S4D(_StateSpace):
             raise ValueError(f"discretization must be one of {', '.join(METHODS)}; got {discretization!r}.")
         super().__init__(dim, *s4d_init(kind, state), bidirectional, dt_min, dt_max)
         self.kind, self.discretization = kind, discretization
-
-    def system(self) -> tuple[Tensor, ...]:
-        """``A, B, C, dt``, ready for the functions above; float32 or better."""
-        dtype = working_dtype(self.log_dt)
-        return self._eigenvalues(), self._complex(self.B), self._complex(self.C), torch.exp(self.log_dt.to(dtype))
-
-    def _kernel(self, system: tuple[Tensor, ...], length: int) -> Tensor:
-        A, B, C, dt = system
-        return s4d_kernel(A, B, C, dt, length, self.discretization)
-
-    def _tables(self, system: tuple[Tensor, ...], block: int) -> Tables:
-        A, B, C, dt = system
-        return s4d_tables(A, B, C, dt, block, self.discretization)
-
-    def _recurrent(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        A, B, C, dt = self.system()
-        return s4d_recurrent(u, A, B, C, dt, state, self.discretization)
+        self._kernel = partial(s4d_kernel, discretization=discretization)
+        self._tables = partial(s4d_tables, discretization=discretization)
+        self._steps = partial(s4d_recurrent, discretization=discretization)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind!r}, discretization={self.discretization!r}"
@@ -656,34 +585,17 @@ class S4(_StateSpace):
     """
 
     def __init__(
-        self,
-        dim: int,
-        state: int = 64,
-        bidirectional: bool = False,
-        dt_min: float = 1e-3,
-        dt_max: float = 1e-1,
+        self, dim: int, state: int = 64, bidirectional: bool = False, dt_min: float = 1e-3, dt_max: float = 1e-1
     ) -> None:
         Lambda, P, B, _ = hippo_legs_nplr(state)
         super().__init__(dim, Lambda, B, bidirectional, dt_min, dt_max)
         self.P = nn.Parameter(torch.view_as_real(P).float().repeat(dim, 1, 1))
+        self._kernel, self._tables, self._steps = _kernel_of_c, s4_tables, s4_recurrent
 
-    def system(self) -> tuple[Tensor, ...]:
-        """``Lambda, P, B, C, dt``, ready for the functions above; C is the true one; float32 or better."""
-        dt = torch.exp(self.log_dt.to(working_dtype(self.log_dt)))
-        return self._eigenvalues(), self._complex(self.P), self._complex(self.B), self._complex(self.C), dt
 
-    def _kernel(self, system: tuple[Tensor, ...], length: int) -> Tensor:
-        Lambda, P, B, C, dt = system
-        size = good_length(length)  # a length the FFT likes; what lies beyond is cut off
-        return s4_kernel(Lambda, P, B, tilde_from_c(Lambda, P, C, dt, size), dt, size)[:, :length]
-
-    def _tables(self, system: tuple[Tensor, ...], block: int) -> Tables:
-        Lambda, P, B, C, dt = system
-        return s4_tables(Lambda, P, B, C, dt, block)
-
-    def _recurrent(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        Lambda, P, B, C, dt = self.system()
-        return s4_recurrent(u, Lambda, P, B, C, dt, state)
+def _kernel_of_c(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+    size = good_length(length)  # a length the FFT likes; what lies beyond is cut off
+    return s4_kernel(Lambda, P, B, tilde_from_c(Lambda, P, C, dt, size), dt, size)[:, :length]
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------

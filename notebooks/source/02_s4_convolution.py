@@ -140,7 +140,7 @@ def lost(n, past=clip, x=state):
     return ((table[:, :n] @ x[:n] - past).norm() / past.norm()).item()
 
 
-fig, axes = plt.subplots(3, 1, figsize=(7, 4.4), sharex=True, sharey=True)
+fig, axes = plt.subplots(3, 1, figsize=(6, 3.8), sharex=True, sharey=True)
 for ax, n in zip(axes, (16, 32, 64), strict=True):
     ax.plot(milliseconds, clip, marker="", color="#999999", label="what was said")
     ax.plot(milliseconds, table[:, :n] @ state[:n], marker="", label=f"rebuilt from {n} numbers")
@@ -220,7 +220,7 @@ def elastic_state(u, N, dt):
 
 heard = waveform[:1664] / waveform[1408:1664].abs().max()  # everything up to now, not only the last 32 ms
 ages = torch.arange(255.5, 0, -1, dtype=torch.float64)  # in samples, oldest first
-fig, axes = plt.subplots(2, 1, figsize=(7, 3.2), sharex=True, sharey=True)
+fig, axes = plt.subplots(2, 1, figsize=(6, 2.9), sharex=True, sharey=True)
 by_age = {}
 for ax, dt in zip(axes, (1 / 100, 1 / 30), strict=True):
     rebuilt = legendre(64, torch.exp(-dt * ages)) @ elastic_state(heard, 64, dt)
@@ -849,6 +849,191 @@ print("  Cauchy sums in blocks: less than half when longer:", held["Cauchy", 327
 # each case: an FFT, $L \log L$.) The blocks of the Cauchy sums have a fixed size, so their share falls the longer the
 # sequence gets. (Published implementations of full S4 that keep the whole Cauchy table hold gigabytes at a length of
 # 16,384 with 64 channels.)
+
+# %% [markdown]
+# ## Why this is fast
+#
+# Chapter 01 has counted an FFT, cut time into blocks of $C = 64$ steps, and measured a floor. All of it holds here. What is
+# new are three bills that an EMA does not have to pay: powers of *complex* numbers, states that *turn*, and a matrix that is
+# *not diagonal*.
+#
+# **Complex powers.** The kernel's definition asks for $D \cdot \frac N2 \cdot L$ powers $e^{s\Delta A}$. A processor
+# multiplies and adds many billion times a second, but an exponential is a little program of its own, and a complex one is
+# often written with much less care than a real one. Three ways to the same kernel, in the order in which one finds them:
+#
+# 1. the complex exponential of every power;
+# 2. the same powers as $e^{\text{real part}}$ times a cosine and a sine: only real functions, made for speed;
+# 3. the two tables: about $2\sqrt L$ powers of each eigenvalue in place of $L$, computed as in 2, and for the rest
+#    $2N$ operations a lag in a matrix product.
+
+
+# %%
+from longseq_tutorial.mechanisms.blocks import Tables, block_recurrence_plain
+
+dim, N, length = 32, 64, 4096
+diagonal, lowrank = ([p.detach() for p in layer.system()] for layer in (S4D(dim, N), S4(dim, N)))
+lags = torch.arange(length)
+
+
+def weights_and_rates(A, B, C, dt):
+    _, push = discretize(A, B, dt)
+    return (2 * C * push)[..., None], (dt[:, None] * A)[..., None]  # (D, N/2, 1) each
+
+
+def complex_exponentials(*system):
+    weight, rate = weights_and_rates(*system)
+    return (weight * torch.exp(rate * lags)).real.sum(1)
+
+
+def real_functions(*system):
+    weight, rate = weights_and_rates(*system)
+    size, angle = torch.exp(rate.real * lags), rate.imag * lags
+    return (weight.real * size * torch.cos(angle) - weight.imag * size * torch.sin(angle)).sum(1)
+
+
+kernels = {
+    "complex exp": complex_exponentials,
+    "exp, cos, sin": real_functions,
+    "two tables": lambda *system: s4d_kernel(*system, length),
+}
+seconds_for_kernel = {name: quickest(lambda f=f: f(*diagonal)) for name, f in kernels.items()}
+wide = [p[:4].to(torch.complex128 if p.is_complex() else torch.float64) for p in diagonal]  # four channels
+truth = complex_exponentials(*wide)
+wrong = max((f(*wide) - truth).abs().max() for f in kernels.values())
+print("the same kernel three times, error", below(wrong, 1e-9))
+print(f"powers: {dim * N // 2 * length:,} twice, then {dim * N // 2 * 2 * math.isqrt(length):,}")
+for first, second in (("complex exp", "exp, cos, sin"), ("exp, cos, sin", "two tables")):
+    faster = seconds_for_kernel[first] > 1.3 * seconds_for_kernel[second]
+    print(f"'{second}' at least 1.3 times as fast as '{first}':", faster)
+
+# %% [markdown]
+# **States that turn.** In blocks, $y = T x + V h$ and $h' = q^C h + W x$ as in chapter 01, with complex $V$, $W$ and $h$. But
+# matrix products want real numbers. So a state is written down as the pair $(\mathrm{Re}\,h, \mathrm{Im}\,h)$, two columns
+# of $V$ are $2\,\mathrm{Re}(C\bar A^{t+1})$ and $-2\,\mathrm{Im}(C\bar A^{t+1})$, and two rows of $W$ the real and the
+# imaginary part of $\bar A^{s}\bar B$. S4D with $N/2$ complex states then *is* an EMA with $N$ real ones, for all the large
+# products; only where a state crosses into the next block does $q^C$ multiply it as a complex number. The bill for each number
+# of a channel: $2(C + 2N)$ operations, 384 for $N = 64$.
+#
+# **A matrix that is not diagonal.** Which of this needs $\bar A$ to be diagonal? Nothing! $V$ holds $C\bar A^{t+1}$, $W$ holds
+# $\bar A^s \bar B$, and the state crosses a block by $\bar A^{64}$, whatever $\bar A$ is. And the powers come cheaply, by
+# *doubling*: whoever has $\bar B, \dots, \bar A^{m-1}\bar B$ and $\bar A^m$ multiplies the one by the other, and has twice
+# as many. Six doublings make 64. No generating function, no Cauchy sums, no Woodbury: HiPPO's own matrix will do, the one
+# whose eigenvectors are useless.
+
+
+# %%
+def doubled(Abar, Bbar, C, block):
+    """Any real system, Abar (D, N, N), Bbar and C (D, N): what it does in a block, a power of two, of steps."""
+    power, write, read = Abar, Bbar[..., None], C[:, None] @ Abar  # Abar; Bbar; C Abar
+    while write.shape[2] < block:
+        write = torch.cat([write, power @ write], dim=2)  # (D, N, m) -> (D, N, 2m)
+        read = torch.cat([read, read @ power], dim=1)  # (D, m, N) -> (D, 2m, N)
+        power = power @ power
+    return Tables(kernel=(C[:, None] @ write)[:, 0], read=read, write=write.flip(-1), decay=power)
+
+
+A, B = hippo_legs(64)
+half, one = 0.01 / 2 * A, torch.eye(64, dtype=A.dtype)
+Abar, Bbar = torch.linalg.solve(one - half, one + half), torch.linalg.solve(one - half, 0.01 * B)  # bilinear
+reading = legendre(64, math.exp(-1))  # what was there 100 steps ago?
+u = torch.randn(1, 512, 1, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+in_blocks, last = block_recurrence_plain(u, lambda block: doubled(Abar[None], Bbar[None], reading[None], block))
+x, y = torch.zeros_like(B), []
+for value in u[0, :, 0]:
+    x = Abar @ x + Bbar * value
+    y.append(reading @ x)
+print("HiPPO itself, in blocks = step by step, error", below((in_blocks[0, :, 0] - torch.stack(y)).abs().max(), 1e-9))
+print("and the state at the end, error", below((last[0, 0] - x).abs().max(), 1e-9))
+
+# %% [markdown]
+# The package's `s4_tables` is this, for the DPLR system in real coordinates. (There Woodbury still earns its bread: it writes
+# $\bar A$ down without solving anything.) The bill: six squarings of an $N \times N$ matrix for each channel, $2N^3$ operations
+# each, *whatever the length*; and for each number $2(C + 2N)$ operations as before, plus $2N^2/C$ for the state that crosses a
+# block by a full matrix: 512 in all. The Cauchy sums need $N/2$ fractions at each of $L/2$ frequencies, about ten operations
+# each and thirty more to sum them up, which is more already; and the FFTs follow.
+#
+# Now the clock. Left, the three kernels of above. Right, the whole layer, forward, for each number of a sequence:
+# convolutions, blocks, and the floor of the blocks, that is, the time that a plain matrix product of as many operations
+# takes on this machine, and the time to copy 8 bytes. Look at who wins where.
+
+# %%
+square, large = torch.randn(1024, 1024), torch.randn(2**23)
+an_operation = quickest(lambda: square @ square) / (2 * 1024**3)
+a_byte = quickest(lambda: large.clone()) / (2 * 4 * large.numel())
+lengths = [1024, 8192, 65536]
+torch.manual_seed(0)
+s4d_layer, s4_layer = S4D(dim, N), S4(dim, N)
+ways = {
+    "S4D: two tables, FFT": lambda u: long_convolution(u, s4d_kernel(*diagonal, u.shape[1])),
+    "S4D: blocks": s4d_layer,
+    "S4: Cauchy, FFT": lambda u: long_convolution(u, cauchy_kernel(*lowrank, u.shape[1])),
+    "S4: blocks": s4_layer,
+}
+cost = {}
+with torch.no_grad():
+    for name, way in ways.items():
+        inputs = [torch.randn(1, n, dim) for n in lengths]
+        cost[name] = [quickest(lambda way=way, u=u: way(u)) / u.numel() for u in inputs]
+floor = {
+    "S4D": 2 * (64 + 2 * N) * an_operation + 8 * a_byte,
+    "S4": (2 * (64 + 2 * N) + 2 * N**2 / 64) * an_operation + 8 * a_byte,
+}
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3), width_ratios=(2, 3))
+left.plot([1e9 * t / (dim * length) for t in seconds_for_kernel.values()], list(kernels), linestyle="", markersize=9)
+left.invert_yaxis()
+left.margins(0.2)
+left.set(xscale="log", xlabel="ns for each lag", title="S4D, 4,096 lags")
+for name, seconds in cost.items():
+    right.plot(lengths, [1e9 * t for t in seconds], label=name)
+for name, height in floor.items():
+    right.axhline(1e9 * height, color="black", linestyle=":" if name == "S4D" else "--", label=f"{name}: floor", lw=1)
+right.set(xscale="log", yscale="log", xlabel="length (steps)", ylabel="ns for each number", title="the layers")
+right.set_xticks(lengths, [f"{n:,}" for n in lengths])
+right.set_yticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
+right.minorticks_off()
+fig.legend(*right.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
+d_fft, d_blocks, s_fft, s_blocks = cost.values()
+facts = {
+    "at 1,024 steps S4D by FFT is faster than in blocks": d_fft[0] < d_blocks[0],
+    "at 65,536 steps S4D in blocks takes at most 1.2 times as long as by FFT": d_blocks[-1] < 1.2 * d_fft[-1],
+    "and full S4 in blocks more than 1.5 times as fast as by Cauchy sums": s_fft[-1] > 1.5 * s_blocks[-1],
+    "both blocks need less time for each number than at 1,024 steps": (
+        d_blocks[-1] < d_blocks[0] and s_blocks[-1] < s_blocks[0]
+    ),
+    "and are then within 20 times of their floors": (
+        d_blocks[-1] < 20 * floor["S4D"] and s_blocks[-1] < 20 * floor["S4"]
+    ),
+}
+show(
+    fig,
+    "Left: points, the time for each lag of an S4D kernel by complex exponentials, by real functions, by two tables, "
+    "each to the left of the one before. Right: time for each number against the length, 32 channels with N = 64, for S4D and S4, "
+    "each as a convolution and in blocks, and two floors below. "
+    + "; ".join(f"{fact}: {holds}" for fact, holds in facts.items())
+    + ".",
+)
+held = {}
+for name, way in ways.items():
+    u = torch.randn(1, 16384, dim, requires_grad=True)
+    parameters = lowrank if "S4:" in name else diagonal
+    for p in parameters:
+        p.requires_grad_()
+    held[name] = peak_memory(lambda way=way, u=u: way(u).sum().backward())
+print("memory to learn from 16,384 steps, blocks against convolution")
+print("  S4D: less than two thirds:", held["S4D: blocks"] < held["S4D: two tables, FFT"] * 2 / 3)
+print("  full S4: less than three quarters:", held["S4: blocks"] < held["S4: Cauchy, FFT"] * 3 / 4)
+
+# %% [markdown]
+# What brought most? For S4D's kernel the two tables, once the complex exponential is gone; and with such a kernel the FFT is a
+# good form. At a thousand steps it *beats* the blocks, whose tables cost the same for any length and are not yet paid off; at
+# 65,536 they have caught up, and learning with them takes less memory. For full S4 it was to leave the Cauchy sums for a few
+# squarings: a fixed price, and the longer the sequence, the smaller its share, while each frequency of the Cauchy sums costs
+# what it costs.
+#
+# The distance to the floor that remains is the tables, the channels' way from the last axis to the first and back, and in
+# full S4 the state: its way through a full matrix is one thin product after another, which no processor does at full speed.
+# The kernel stays what one looks at and reasons with; `S4D` and `S4` run in blocks.
 #
 # ## The echo, once more
 #
@@ -925,16 +1110,14 @@ with torch.no_grad():
 print("largest weight at lag", int(learned.argmax()), "before, and with dt doubled at lag", int(halved.argmax()))
 
 # %% [markdown]
-# ### One step at a time, or sixty-four
+# ### One step at a time
 #
 # Both layers stream. S4D multiplies $N/2$ complex numbers a step. Full S4 has a full matrix $\bar A$, which would be $N^2$
 # products; but $\bar A$ is a product of *diagonal plus rank one* and the inverse of such, so Woodbury makes it a
 # few times $N$ here as well (`s4_recurrent`). The state does not grow, and the result is that of the convolution.
 #
-# Between all steps at once and one at a time lies a third way, and it is the one the package's modules take in `forward`:
-# *blocks* of 64 steps, each in parallel, only the state handed on. (Exercise 5 of chapter 01 was this for the EMA.)
-# Everything then is small matrix products, and full S4 can do without its Cauchy sums: within 64 steps a few powers of
-# $\bar A$ are enough. The kernel stays what one looks at and reasons with, and all three are the same function.
+# So there are three ways through a sequence: all steps at once, one at a time, and the blocks in between, which the modules
+# take in `forward`. They are the same function.
 
 # %%
 u = torch.randn(2, 200, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -1316,6 +1499,7 @@ print(f"{'their layer: S4D, GELU, linear, gate':52} {below(off(y.mT, theirs['y']
 # - S4: HiPPO's eigenvectors are useless, but $A$ is normal plus rank one. Generating function, circle to axis, Woodbury: four Cauchy
 #   sums a frequency, with the Nyquist node in closed form (S4 paper, section 3).
 # - $\tilde C = C(1-\bar A^L)$ belongs to one length. Keep $C$.
+# - In blocks any $\bar A$ will do: six squarings give all its powers up to 64, at a price that does not depend on the length.
 # - One system, many uses: convolution or blocks for training, steps for streaming, another `dt` for another sampling rate.
 #
 # Next, chapter 03: a memory like this decides by age alone what it keeps; gated attention looks at contents.
