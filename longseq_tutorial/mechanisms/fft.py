@@ -7,11 +7,15 @@ domain it costs ``length * log(length)``.
 Letters used throughout: B batch, L length, D channels ("dim"), K kernel length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["good_length", "long_convolution", "long_convolution_direct", "working_dtype"]
+
+TILE = 128  # steps to turn at once on a CPU: a long sequence turned as a whole leaves the cache with every number
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -79,10 +83,58 @@ def long_convolution(u: Tensor, kernel: Tensor, *, reverse_kernel: Tensor | None
             # On a circle, lag -s is lag size - s: the future sits at the far end, lag 0 stays at 0.
             future = F.pad(reverse_kernel.to(dtype), (0, size - reverse_kernel.shape[1]))
             circle = circle + future.flip(-1).roll(1, -1)
-        spectrum = torch.fft.rfft(circle)  # (D, size/2 + 1)
-        rows = u.to(dtype).transpose(1, 2)  # (B, D, L): the FFT is fastest along the last axis
-        y = torch.fft.irfft(torch.fft.rfft(rows, n=size) * spectrum, n=size)[..., :length]
-        return y.transpose(1, 2).to(u.dtype)  # (B, L, D)
+        u, dtype = u.to(dtype), u.dtype
+        if torch.is_grad_enabled() and (u.requires_grad or circle.requires_grad):
+            return _Convolution.apply(u, circle).to(dtype)
+        return _steps(_waves(u, size).mul_(torch.fft.rfft(circle)), size, length).to(dtype)  # (B, L, D)
+
+
+class _Convolution(torch.autograd.Function):
+    """``u (B, L, D)`` and ``circle (D, n)`` to ``(B, L, D)``: autograd's result, with fewer transforms and passes.
+
+    Autograd takes a real transform back by a complex one, at twice the price, and turns the channels slowly. Here the
+    gradients are real transforms too: the convolution's adjoint is a correlation, which conjugates one spectrum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, circle: Tensor) -> Tensor:
+        spectrum, waves = _waves(u, circle.shape[1]), torch.fft.rfft(circle)
+        y = _steps(spectrum * waves, circle.shape[1], u.shape[1])
+        ctx.save_for_backward(u, circle, spectrum.conj_physical_(), waves.conj_physical_())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        u, circle, spectrum, waves = ctx.saved_tensors
+        length, size = u.shape[1], circle.shape[1]
+        if torch.is_grad_enabled():  # somebody wants to differentiate this gradient: its spectra must know their origin
+            spectrum, waves = _waves(u, size).conj(), torch.fft.rfft(circle).conj()
+        heard = _waves(grad, size)
+        of_u = _steps(heard * waves, size, length) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_u, None
+        together = torch.zeros_like(waves)  # (D, n/2 + 1)
+        for one, other in zip(spectrum, heard, strict=True):  # sequence by sequence: no tensor as large as all of them
+            together = together.addcmul_(one, other)
+        return of_u, torch.fft.irfft(together, n=size)
+
+
+def _waves(u: Tensor, size: int) -> Tensor:
+    """The spectrum of every channel of ``u (B, L, D)``, padded with zeros to ``size``: ``(B, D, size/2 + 1)``."""
+    if torch.is_grad_enabled() and u.requires_grad:
+        return torch.fft.rfft(u.mT, n=size)  # a second derivative: autograd cannot follow what is written in place
+    batch, length, dim = u.shape
+    rows = u.new_empty(batch, dim, size)  # an FFT is fastest along the last axis
+    rows[..., length:] = 0
+    tile = TILE if u.device.type == "cpu" else length
+    for t in range(0, length, tile):
+        rows[..., t : min(t + tile, length)] = u[:, t : t + tile].mT
+    return torch.fft.rfft(rows)
+
+
+def _steps(spectrum: Tensor, size: int, length: int) -> Tensor:
+    """Back from the waves, cut to ``length``: ``(B, L, D)``."""
+    return torch.fft.irfft(spectrum, n=size)[..., :length].mT
 
 
 def long_convolution_direct(u: Tensor, kernel: Tensor, *, reverse_kernel: Tensor | None = None) -> Tensor:

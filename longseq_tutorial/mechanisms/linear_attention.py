@@ -255,7 +255,7 @@ def linear_attention(
         for own_q, (own_k, own_v, own_keep) in zip(queries, keys, strict=True):
             phi_q, phi_k, values = _prepare(own_q, own_k, own_v, own_keep, feature_map)
             with torch.autocast(q.device.type, enabled=False):
-                own, sums = _causal(phi_q, phi_k, _with_ones(values), own_keep, logs, eps, sums, CHUNK)
+                own, sums = _causal(phi_q, phi_k, _with_ones(values), logs, eps, sums, CHUNK)
             y.append(own)
     else:
         for own_k, own_v, own_keep in keys:
@@ -278,14 +278,15 @@ def _with_ones(values: Tensor) -> Tensor:
     return F.pad(values, (0, 1), value=1.0)
 
 
-def _none_yet(phi_k: Tensor, values: Tensor) -> Sums:
+def _nothing(phi_k: Tensor, values: Tensor, logs: bool) -> Sums:
+    """The sums before the first key."""
     state = torch.zeros_like(phi_k[..., 0, :, None] * values[..., :1, :])
-    return state, torch.full_like(phi_k[..., :1, :], _lowest(phi_k.dtype)).detach()
+    return state, torch.full_like(phi_k[..., :1, :], _lowest(phi_k.dtype) if logs else 0.0).detach()
 
 
 def _add(phi_k: Tensor, values: Tensor, logs: bool, sums: Sums | None) -> Sums:
     """What a segment of keys adds to the sums, all on one scale if the features come as logarithms."""
-    state, offset = sums or _none_yet(phi_k, values)
+    state, offset = sums or _nothing(phi_k, values, logs)
     if logs:
         largest = torch.maximum(offset, _largest(phi_k, -2))
         state = state * torch.exp(offset - largest).transpose(-1, -2)
@@ -304,17 +305,10 @@ def _read(phi_q: Tensor, logs: bool, eps: float, sums: Sums) -> Tensor:
 
 
 def _causal(
-    phi_q: Tensor,
-    phi_k: Tensor,
-    values: Tensor,
-    keep: Tensor | None,
-    logs: bool,
-    eps: float,
-    sums: Sums | None,
-    chunk: int,
+    phi_q: Tensor, phi_k: Tensor, values: Tensor, logs: bool, eps: float, sums: Sums | None, chunk: int
 ) -> tuple[Tensor, Sums]:
     """A segment of N chunks at once, after the sums of all segments before it; y and the sums for the next."""
-    state, offset = sums or _none_yet(phi_k, values)
+    state, offset = sums or _nothing(phi_k, values, logs)
     length, chunk = phi_q.shape[-2], min(chunk, phi_q.shape[-2])
     q, k, v = _split(phi_q, chunk), _split(phi_k, chunk, -torch.inf if logs else 0.0), _split(values, chunk)
     small: Tensor | float = eps
@@ -326,12 +320,12 @@ def _causal(
         # one chunk by more than half the range of floats, they would read zeros: then smaller chunks.
         lowest, seen = _lowest(k.dtype), k.detach()
         floor = torch.maximum(before, seen[..., :1, :])  # the largest that the first query of each chunk sees
-        if keep is not None:  # nothing, where all is padding so far: then the first key that is none
-            where = _split(keep, chunk).int().argmax(-2, keepdim=True).expand_as(floor[..., :1])
-            floor = torch.where(floor > lowest, floor, seen.take_along_dim(where, dim=-2))
+        if bool((floor <= lowest).any()):  # nothing, where all is padding so far: then the first key that is none
+            real = (seen > lowest).any(-1, keepdim=True).int()
+            floor = torch.where(floor > lowest, floor, seen.take_along_dim(real.argmax(-2, keepdim=True), dim=-2))
         rise = (largest - floor.clamp(min=lowest)).max()
         if chunk > 1 and bool(rise > -math.log(torch.finfo(k.dtype).tiny) / 2):
-            return _causal(phi_q, phi_k, values, keep, logs, eps, sums, max(1, chunk // 8))
+            return _causal(phi_q, phi_k, values, logs, eps, sums, max(1, chunk // 8))
         k = torch.exp(k - largest)
         q, small = _queries(q + largest, eps)
         shrink = torch.exp(before - largest).transpose(-1, -2).unbind(-3)  # N times (..., m, 1)
@@ -341,8 +335,9 @@ def _causal(
         state = state * shrink[n] if logs else state
         states.append(state)
         state = state + own
-    pairs = (q @ k.transpose(-1, -2)).tril()  # (..., N, C, C)
-    y = _normalise(pairs @ v + q @ torch.stack(states, dim=-3), small)  # (..., N, C, d_v)
+    # The two large results are changed in place: fetching fresh memory from the system takes longer than filling it.
+    pairs = (q @ k.transpose(-1, -2)).tril_()  # (..., N, C, C)
+    y = _normalise((pairs @ v).add_(q @ torch.stack(states, dim=-3)), small)  # (..., N, C, d_v)
     return y.flatten(-3, -2)[..., :length, :], (state, offset)
 
 
@@ -375,13 +370,14 @@ def linear_attention_recurrent(
     """
     keep, logs = _check(q, k, v, mask, True, eps), _log_features(feature_map) is not None
     phi_q, phi_k, values = _prepare(q, k, v, keep, feature_map)
-    y = []
+    steps = zip(*(x.split(1, dim=-2) for x in (phi_q, phi_k, _with_ones(values))), strict=True)
+    y, sums = [], None if state is None else _to_sums(state)
     with torch.autocast(q.device.type, enabled=False):
-        for phi_q_t, phi_k_t, v_t in zip(*(x.unbind(-2) for x in (phi_q, phi_k, values)), strict=True):
-            y_t, state = _step(phi_q_t, phi_k_t, v_t, logs, state, eps)
-            y.append(y_t)
-    assert state is not None
-    return torch.stack(y, dim=-2).to(v.dtype), state
+        for phi_q_t, phi_k_t, v_t in steps:
+            sums = _add(phi_k_t, v_t, logs, sums)  # write,
+            y.append(_read(phi_q_t, logs, eps, sums))  # then read
+    assert sums is not None
+    return torch.cat(y, dim=-2).to(v.dtype), _to_state(sums)
 
 
 def linear_attention_step(
@@ -399,28 +395,12 @@ def linear_attention_step(
     return y.squeeze(-2), state
 
 
-def _step(
-    phi_q: Tensor, phi_k: Tensor, v: Tensor, logs: bool, state: LinearState | None, eps: float
-) -> tuple[Tensor, LinearState]:
-    """One step from features ``(..., m)`` (their logarithms if ``logs``)."""
-    S, z, offset = state or _nothing(phi_k, v.shape[-1], logs)
-    small: Tensor | float = eps
-    if logs:
-        largest = torch.maximum(offset, phi_k.detach())
-        shrink = torch.exp(offset - largest)
-        S, z, offset = S * shrink.unsqueeze(-1), z * shrink, largest
-        phi_k = torch.exp(phi_k - largest)
-        phi_q, small = _queries(phi_q + largest, eps)
-    S = S + phi_k.unsqueeze(-1) * v.unsqueeze(-2)  # (..., m, d_v)
-    z = z + phi_k  # (..., m)
-    numerator = (phi_q.unsqueeze(-2) @ S).squeeze(-2)  # (..., d_v)
-    return _divide(numerator, (phi_q * z).sum(-1, keepdim=True) + small), LinearState(S, z, offset)
+def _to_sums(state: LinearState) -> Sums:
+    return torch.cat([state.S, state.z.unsqueeze(-1)], dim=-1), state.offset.unsqueeze(-2)
 
 
-def _nothing(phi_k: Tensor, v_dim: int, logs: bool) -> LinearState:
-    """The state before the first step."""
-    z = torch.zeros_like(phi_k)
-    return LinearState(z.unsqueeze(-1).repeat_interleave(v_dim, -1), z, z + _lowest(z.dtype) if logs else z)
+def _to_state(sums: Sums) -> LinearState:
+    return LinearState(sums[0][..., :-1], sums[0][..., -1], sums[1].squeeze(-2))
 
 
 class LinearAttention(nn.Module):
@@ -463,7 +443,8 @@ class LinearAttention(nn.Module):
         assert isinstance(place, Tensor)
         with torch.no_grad():
             features = _features(self.feature_map, place.new_zeros(batch, self.heads, 1, self.dim))
-        return _nothing(torch.zeros_like(features[..., 0, :]), self.v_dim, _log_features(self.feature_map) is not None)
+            values = features.new_zeros(batch, self.heads, 1, self.v_dim + 1)
+            return _to_state(_nothing(features, values, _log_features(self.feature_map) is not None))
 
     def step(self, q_t: Tensor, k_t: Tensor, v_t: Tensor, state: LinearState) -> tuple[Tensor, LinearState]:
         """One time step: q_t, k_t ``(B, H, d)``, v_t ``(B, H, d_v)``; returns y_t ``(B, H, d_v)`` and the state."""

@@ -18,8 +18,8 @@ Letters: B batch, L length, D channels, N state size (even), h = N/2.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -351,20 +351,28 @@ def s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, block
     the one before; in double precision, since every squaring doubles the errors of phase. The state is kept as N real
     numbers, real parts first. C is the true one.
     """
-    _check(Lambda, P, B, C, dt=dt, length=block)
-    dtype = working_dtype(Lambda, P, B, C, dt)
+    return _s4_tables(Lambda, P, B, [C], dt, block)[0]
+
+
+def _s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, Cs: Sequence[Tensor], dt: Tensor, block: int) -> list[Tables]:
+    """The tables of several systems that differ in C only, R of them: the powers of ``Abar`` serve all."""
+    _check(Lambda, P, B, *Cs, dt=dt, length=block)
+    dtype = working_dtype(Lambda, P, B, *Cs, dt)
     with torch.autocast(B.device.type, enabled=False):
         Abar, push = _real_dense(Lambda, P, B, dt)
-        now = _reading(2 * C.to(torch.complex128)).unsqueeze(1)  # (D, 1, N): y = now . x
-        power, write, read = Abar, push.unsqueeze(-1).to(dtype), (now @ Abar).to(dtype)  # Abar, Bbar, C Abar
+        now = torch.stack([_reading(2 * C.to(torch.complex128)) for C in Cs], dim=1)  # (D, R, N): y = now . x
+        power, write = Abar, push.unsqueeze(-1).to(dtype)  # Abar, Bbar
+        read = (now @ Abar).to(dtype)  # C Abar: (D, R, N), and soon R rows for each step, (D, C R, N)
         while write.shape[2] < block:
             ahead = power.to(dtype)  # Abar**columns
             write = torch.cat([write, ahead @ write], dim=2)
             read = torch.cat([read, read @ ahead], dim=1)
             power = power @ power
         if write.shape[2] > block:  # not a power of two
-            write, read, power = write[..., :block], read[:, :block], torch.linalg.matrix_power(Abar, block)
-        return Tables((now.to(dtype) @ write).squeeze(1), read, write.flip(-1), power.to(dtype))
+            write, power = write[..., :block], torch.linalg.matrix_power(Abar, block)
+        kernel, write, power = now.to(dtype) @ write, write.flip(-1), power.to(dtype)  # kernel (D, R, C)
+        read = read[:, : block * len(Cs)].unflatten(1, (block, -1))  # (D, C, R, N)
+        return [Tables(kernel[:, r], read[:, :, r], write, power) for r in range(len(Cs))]
 
 
 def _real_dense(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
@@ -455,7 +463,7 @@ class _StateSpace(nn.Module):
     """
 
     _kernel: Callable[..., Tensor]
-    _tables: Callable[..., Tables]
+    _tables: Callable[..., list[Tables]]  # takes a C for each direction
     _steps: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, dim: int, A: Tensor, B: Tensor, bidirectional: bool, dt_min: float, dt_max: float) -> None:
@@ -492,10 +500,10 @@ class _StateSpace(nn.Module):
         if self.kernel_seen._forward_hooks:
             self.kernel(u.shape[1])  # somebody is recording: show the kernel, which blocks can do without
         *shared, C, dt = self.system()
-        there = partial(self._tables, *shared, C[: self.dim], dt)
-        back = partial(self._tables, *shared, C[self.dim :], dt) if self.bidirectional else None
+        tables = cache(partial(self._tables, *shared, C.split(self.dim), dt))  # block -> those of each direction
+        there, back = (lambda block: tables(block)[0]), (lambda block: tables(block)[-1])
         with torch.autocast(u.device.type, enabled=False):
-            y, _ = block_recurrence(heard.to(working_dtype(u, C)), there, back)
+            y, _ = block_recurrence(heard.to(working_dtype(u, C)), there, back if self.bidirectional else None)
         return y.to(u.dtype) + self.skip.to(u.dtype) * u
 
     def initial_state(self, batch: int) -> Tensor:
@@ -564,8 +572,10 @@ class S4D(_StateSpace):
         super().__init__(dim, *s4d_init(kind, state), bidirectional, dt_min, dt_max)
         self.kind, self.discretization = kind, discretization
         self._kernel = partial(s4d_kernel, discretization=discretization)
-        self._tables = partial(s4d_tables, discretization=discretization)
         self._steps = partial(s4d_recurrent, discretization=discretization)
+
+    def _tables(self, A: Tensor, B: Tensor, Cs: Sequence[Tensor], dt: Tensor, block: int) -> list[Tables]:
+        return [s4d_tables(A, B, C, dt, block, self.discretization) for C in Cs]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind!r}, discretization={self.discretization!r}"
@@ -590,7 +600,7 @@ class S4(_StateSpace):
         Lambda, P, B, _ = hippo_legs_nplr(state)
         super().__init__(dim, Lambda, B, bidirectional, dt_min, dt_max)
         self.P = nn.Parameter(torch.view_as_real(P).float().repeat(dim, 1, 1))
-        self._kernel, self._tables, self._steps = _kernel_of_c, s4_tables, s4_recurrent
+        self._kernel, self._tables, self._steps = _kernel_of_c, _s4_tables, s4_recurrent
 
 
 def _kernel_of_c(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:

@@ -355,12 +355,12 @@ for length, window in ((1, 1), (2, 3), (37, 1), (37, 4), (64, 100)):
 # But the output of an awake token is $y = c\,a$, where $a$ is what its attention found, and $c$ *does* depend smoothly on $u$.
 # While the token is awake, $c = p_1 = \sigma\big((u_1-u_0)/\tau\big)$. Two steps of the chain rule:
 #
-# $$\frac{\partial \mathcal L}{\partial c} = \Big\langle \frac{\partial \mathcal L}{\partial y},\, a \Big\rangle, \qquad
+# $$\frac{\partial \mathcal L}{\partial c} = \left\langle \frac{\partial \mathcal L}{\partial y},\, a \right\rangle, \qquad
 # \frac{\partial c}{\partial u_1} = \frac{c(1-c)}{\tau} = -\frac{\partial c}{\partial u_0},$$
 #
 # and together
 #
-# $$\frac{\partial \mathcal L}{\partial u} = \frac{c(1-c)}{\tau}\,\Big\langle \frac{\partial \mathcal L}{\partial y},\, a\Big\rangle
+# $$\frac{\partial \mathcal L}{\partial u} = \frac{c(1-c)}{\tau}\,\left\langle \frac{\partial \mathcal L}{\partial y},\, a\right\rangle
 # \cdot (-1, +1).$$
 #
 # Read the scalar product as a question: *would more of what the attention found lower the loss?* If yes it is negative,
@@ -770,6 +770,251 @@ show(
 # During the silence the memory simply waits: no decay as in an EMA, no border as with chunks. The old keys leave only when
 # nine new tokens have woken up. This is what the authors' claim of a theoretically infinite attention span rests on: a
 # constant number of slots, and no bound on how long they are held.
+
+# %% [markdown]
+# ## Why this is fast
+#
+# Count what the unit does for one awake token, forward. With widths $D$ of the layer, $z$ of queries and keys, $v$ of the
+# values, in operations:
+#
+# $$\underbrace{2D(z+2v) + 2vD}_{\text{projections}} \;+\; \underbrace{2\,(2w+1)(z+v)}_{\text{scores and values in the band}}$$
+#
+# and besides one exponential for each of the $2w+1$ scores and each of the $z+2v$ numbers that pass a SiLU. A token asleep
+# costs none of this, only bytes: its logits are read, its zeros are written. So the bill for a whole sequence is
+# $r L$ times these numbers, plus $4D\,(1+r)+8$ bytes for each token. $L$ stands there once, and never squared.
+#
+# Every factor of that bill can be lost by a careless line. Here are two ways to lose one. The first computes everything for
+# everybody, and hides afterwards what nobody should see: the shortest code, and the mask does make it right. The second packs,
+# as we do, but takes the global bias as the published code does, from a table of all $L\times L$ pairs.
+
+
+# %%
+from longseq_tutorial.mechanisms.ema import ema_kernel
+from longseq_tutorial.mechanisms.fft import long_convolution
+from longseq_tutorial.models.configs import SeqBoatConfig
+from longseq_tutorial.models.seqboat import SeqBoatLayer
+
+NOWHERE = -(10**6)  # the rank of rows that hold no token: far from everything
+
+
+def project(unit, h):
+    """Queries, keys, values and the reset gate, as in the unit."""
+    z, reset, v = F.silu(unit.mx_proj(h)).split([unit.z_dim, unit.v_dim, unit.v_dim], dim=-1)
+    return z * unit.kappa[0] + unit.mu[0], z * unit.kappa[1] + unit.mu[1], v, reset
+
+
+def square_of_biases(unit, length):
+    """(L, L): the bias of every pair of positions."""
+    t = torch.arange(length)
+    return unit.table[t - t[:, None] + len(unit.table) // 2]
+
+
+def all_pairs(unit, h, u):
+    """Everybody attends to everybody; a mask hides the sleepers, and what lies outside the window of ranks."""
+    active, confidence = unit.router(u)
+    q, k, v, reset = project(unit, h)
+    rank = active.cumsum(1)
+    hidden = ~active[:, None] | ((rank[:, :, None] - rank[:, None]).abs() > unit.window)  # (B, L, L)
+    scores = q @ k.mT / unit.z_dim**0.5 + square_of_biases(unit, h.shape[1])
+    found = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1) @ v
+    return (confidence * active)[..., None] * unit.h_proj(found * reset)
+
+
+def packed_but_square(unit, h, u):
+    """Only the awake, in blocks, but with a bias picked from an L by L table."""
+    active, confidence = unit.router(u)
+    packed, index = compress(h, active)
+    w, rows, time = unit.window, packed.shape[1], torch.arange(h.shape[1])[None, :, None]
+    time, _ = compress(time.expand(*index.shape, 1), active)  # (B, M, 1): where they stood
+    rank = torch.arange(rows)[None, :, None]
+    rank = torch.where(rank < index.amax(1)[:, None, None], rank, NOWHERE)  # (B, M, 1)
+
+    def blocks(x, around, fill=0):  # (B, M, d) -> (B, N, w or 3 w, d)
+        return F.pad(x, (0, 0, around, around - rows % -w), value=fill).unfold(1, w + 2 * around, w).mT
+
+    q, k, v, reset = project(unit, packed)
+    bias = square_of_biases(unit, h.shape[1])[blocks(time, 0), blocks(time, w).mT]  # (B, N, w, 3 w)
+    apart = blocks(rank, 0, NOWHERE) - blocks(rank, w, NOWHERE).mT
+    scores = blocks(q, 0) @ blocks(k, w).mT / unit.z_dim**0.5 + bias
+    found = scores.masked_fill(apart.abs() > w, -torch.inf).softmax(-1) @ blocks(v, w)
+    y = unit.h_proj(found.flatten(1, 2)[:, :rows] * reset)
+    return confidence[..., None] * extract(y, index)
+
+
+torch.manual_seed(0)
+small = SparseActivation(dim=6, z_dim=4, v_dim=8, window=5, max_positions=101).double()
+inputs = [draw(2, 101, 6, seed=51), draw(2, 101, 2, seed=52)]
+fast = values_and_gradients(lambda h, u: small(h, u), inputs)
+for name, form in {"all pairs, masked": all_pairs, "packed, L by L bias": packed_but_square}.items():
+    slow = values_and_gradients(lambda h, u, form=form: form(small, h, u), inputs)
+    worst = max((s - f).abs().max() for s, f in zip(slow, fast, strict=True))
+    print(f"{name}: output and gradients equal the package's, error", below(worst, 1e-12))
+
+# %% [markdown]
+# All three compute the same thing. Now the clock, one thread, every second token awake, windows of 128. The **floor** beneath is our
+# bill at the prices of this very machine: the rate of a large matrix product for the operations, the rate of `exp` on
+# numbers that stay in the cache, and the rate of a large copy for the bytes. Look at which lines climb with the
+# length, and at the distance of the package's from the floor.
+
+# %%
+torch.manual_seed(0)
+config = SeqBoatConfig(dim=64, z_dim=32, v_dim=128, n=16, window=128, max_positions=16384)
+boat = SeqBoatLayer(config)
+unit = boat.attention
+square, large, little = torch.randn(1024, 1024), torch.randn(2**23), torch.rand(2**16)
+cached = torch.empty_like(little)
+operations_a_second = 2 * 1024**3 / quickest(lambda: square @ square)
+bytes_a_second = 2 * 4 * large.numel() / quickest(lambda: large.clone())
+exps_a_second = little.numel() / quickest(lambda: torch.exp(little, out=cached))
+
+D, z, v, w = config.dim, config.z_dim, config.v_dim, config.window
+operations = 2 * D * (z + 2 * v) + 2 * v * D + 2 * (2 * w + 1) * (z + v)
+exps = 2 * w + 1 + z + 2 * v
+floor_of_one = 0.5 * (operations / operations_a_second + exps / exps_a_second) + (4 * D * 1.5 + 8) / bytes_a_second
+
+sizes = [1024, 2048, 4096, 8192, 16384]
+ways = {"all pairs, masked": all_pairs, "packed, L × L bias": packed_but_square, "the package": lambda f, h, u: f(h, u)}
+seconds = {name: [] for name in ways}
+with torch.no_grad():
+    for size in sizes:
+        h, u = torch.randn(1, size, D), torch.zeros(1, size, 2)
+        u[:, ::2, 1] = 1.0  # every second token is awake
+        for name, way in ways.items():
+            if name == "the package" or size <= 4096:
+                seconds[name].append(quickest(lambda way=way, h=h, u=u: way(unit, h, u)))
+
+fig, ax = plt.subplots()
+for name, times in seconds.items():
+    ax.plot(sizes[: len(times)], [1e6 * t / n for t, n in zip(times, sizes, strict=False)], label=name)
+ax.plot(sizes, [1e6 * floor_of_one] * len(sizes), "k:", marker="", label="floor")
+ax.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="microseconds for each token")
+ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
+ax.set_yticks([1, 10, 100], ["1", "10", "100"])
+ax.minorticks_off()
+ax.legend()
+masked, with_square, ours = (seconds[name] for name in ways)
+facts = {
+    "at 4,096 tokens the package is at least 4 times faster than all pairs": masked[2] > 4 * ours[2],
+    "and at least twice as fast as with the L by L bias": with_square[2] > 2 * ours[2],
+    "its time for each token does not rise from 4,096 to 16,384 by more than half": ours[4] / 4 < 1.5 * ours[2],
+    "and is within 15 times of the floor": ours[4] < 15 * floor_of_one * sizes[4],
+}
+show(
+    fig,
+    "Time for each token against the length, half of the tokens awake: all pairs masked and packed with an L by L bias, up to "
+    "4,096 tokens; the package's form, up to 16,384; and the floor below, a level line. "
+    + "; ".join(f"{fact}: {bool(holds)}" for fact, holds in facts.items())
+    + ".",
+)
+# %% [markdown]
+# The upper lines climb: whatever is made for all pairs costs $L$ a token. The package's line stays level. **Which step
+# brought most?** And what lies between the package and the floor? The floor counts each score once. In fact the scores
+# go through memory several times: adding the bias, hiding, softmax and hiding again each read and write all $3w$ of them. The cell
+# compares the steps, and times these passes alone, on as many numbers.
+
+# %%
+packing, looking_up = masked[2] / with_square[2], with_square[2] / ours[2]
+print("at 4,096 tokens, packing makes the unit faster:", packing > 1.2)
+print("then, looking up the bias of the window only makes it faster by a larger factor:", looking_up > packing)
+print("of the L by L table the window reads", fmt(100 * 2048 * 3 * w / 4096**2), "percent")
+held = []
+with torch.no_grad():
+    h, u = torch.randn(1, 4096, D), torch.zeros(1, 4096, 2)
+    u[:, ::2, 1] = 1.0
+    for way in ways.values():
+        held.append(peak_memory(lambda way=way: way(unit, h, u)))
+print("memory is at most a fifth of that of either other form:", 5 * held[2] < min(held[:2]))
+
+band, far_off = torch.randn(16, w, 3 * w), torch.rand(16, w, 3 * w) < 1 / 3  # 2,048 tokens awake: 16 blocks
+
+
+def passes():
+    """What happens to the scores between the two products."""
+    scores = (band + band).masked_fill(far_off, torch.finfo(band.dtype).min)
+    return scores.softmax(-1).masked_fill(far_off, 0.0)
+
+
+on_scores = quickest(passes)
+print("the passes over the scores take more time than the whole floor:", on_scores > floor_of_one * 4096)
+print("and more than a tenth of the unit's time:", on_scores > 0.1 * ours[2])
+
+# %% [markdown]
+# So the step that gives the mechanism its name is not the one that brought most here. With half of the tokens asleep
+# packing spares at most three quarters of the pairs. The look-up spares all pairs that no window holds: of $L^2$ only $3wrL$ are
+# left, fewer than one in twenty at this length, and ever fewer as the sequence grows. The rarer the awake, the more packing
+# brings in its turn.
+#
+# The distance to the floor is honest, too: attention in windows is products of modest size with many passes between
+# them, and in plain PyTorch each pass is a trip of its own. A kernel that keeps the scores of a block at hand from the first product to
+# the second, as fused attention does, would save those trips.
+#
+# ### And the average beneath
+#
+# The unit is half of a SeqBoat layer; beneath it an EMA runs over *all* tokens, awake or not, in both directions. Packing
+# saves nothing there. The published code makes its kernel by raising each of the $2Dn$ decays to each of $L$ powers, and convolves by
+# FFT. Chapter 01 has two better ways: the powers as a product of two short tables, then the FFT; or no long kernel at all,
+# blocks of a few dozen steps and a state between them, as `DampedEMA` does it now. Here is the whole layer, forward and
+# backward, with each of the three. Look at how much of each bar the EMA takes.
+
+
+# %%
+def every_power(alpha, delta, beta, eta, length):
+    """The EMA's kernel, (2 D, length), with an exponential for each decay and each power."""
+    decay = (1 - alpha * delta).log()[..., None] * torch.arange(length)
+    return ((eta * alpha * beta)[..., None] * decay.exp()).sum(1)
+
+
+def by_fft(x, kernel):
+    """The EMA of both directions as a convolution."""
+    ahead, back = kernel(*boat.ema.coefficients(), x.shape[1]).split(D)
+    return long_convolution(x, ahead, reverse_kernel=back) + boat.ema.omega * x
+
+
+x, pull = draw(1, 4096, D, seed=61).float(), draw(1, 4096, D, seed=62).float()
+with torch.no_grad():
+    u = boat.hx_proj(F.silu(boat.ema(x)))[..., :2]
+    boat.hx_proj.bias[0] = (u[..., 1] - u[..., 0]).median()  # half of the tokens awake
+    target = boat.ema(x)
+    for name, kernel in {"every power": every_power, "two tables": ema_kernel}.items():
+        print(f"FFT, {name}: the same as in blocks, error", below((by_fft(x, kernel) - target).abs().max(), 1e-3))
+
+averages = {
+    "every power,\nthen FFT": lambda: by_fft(x, every_power),
+    "two tables,\nthen FFT": lambda: by_fft(x, ema_kernel),
+    "in blocks\n(the package)": lambda: boat.ema(x),
+}
+taken = {name: quickest(lambda form=form: form().backward(pull)) for name, form in averages.items()}
+whole = quickest(lambda: boat(x).backward(pull))
+rest = whole - taken["in blocks\n(the package)"]
+shares = [t / (t + rest) for t in taken.values()]
+
+fig, ax = plt.subplots(figsize=(8, 3.2))
+ax.barh(list(taken), [1e3 * t for t in taken.values()], color=OKABE_ITO["blue"], label="EMA")
+ax.barh(
+    list(taken), [1e3 * rest] * 3, left=[1e3 * t for t in taken.values()], color=OKABE_ITO["orange"], label="all else"
+)
+ax.invert_yaxis()
+ax.set(xlabel="milliseconds, forward and backward")
+ax.grid(False, axis="y")
+ax.legend()
+facts = {
+    "with every power the EMA takes more than three fifths of the layer": shares[0] > 0.6,
+    "in blocks less than half": shares[2] < 0.5,
+    "and the whole layer is at least twice as fast": taken["every power,\nthen FFT"] + rest > 2 * whole,
+}
+show(
+    fig,
+    "Bars of the time of one SeqBoat layer, forward and backward, 4,096 tokens, half of them awake, split into its EMA and all "
+    "else, for three ways to compute the EMA. "
+    + "; ".join(f"{fact}: {bool(holds)}" for fact, holds in facts.items())
+    + ".",
+)
+
+# %% [markdown]
+# With every power the layer is an EMA with some attention on top, and making that attention sparse could hardly be
+# noticed. Two tables remove nearly all of that; the blocks keep a state for streams besides. Only now is the EMA the smaller part, and
+# only now does a smaller rate make the *layer* faster: first cut what all tokens pay, then what some are
+# spared.
 #
 # ## Two cautionary tales
 #

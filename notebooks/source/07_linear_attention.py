@@ -538,7 +538,145 @@ show(
 # tokens the fused softmax is faster*. (The legend names the crossing on the machine that built this page; wider heads and
 # more features push it up.) Its arithmetic is quadratic, but it is one well-made call, and a chunk of 128 pairs is quadratic
 # as well. Linear attention is for *long* sequences.
+
+# %% [markdown]
+# ## Why this is fast
 #
+# Two extremes do the same job: compare every pair, or keep a running sum at every position. Chunks of $C$ positions lie
+# between them, so let us send one bill for all. For one position, with $m$ features and $d_v$ values:
+#
+# $$\text{operations} = \underbrace{2\,C\,(m + d_v)}_{\text{pairs of the own chunk}} + \underbrace{4\,m\,d_v}_{\text{write
+# into } S \text{, read from it}}, \qquad
+# \text{bytes} = \underbrace{4\,(2m + 2d_v)}_{q,\,k,\,v,\,y} + \underbrace{8\,m\,d_v / C}_{S \text{, stored and fetched}} .$$
+#
+# In words: pairs cost more arithmetic the longer the chunk, and every chunk costs one matrix $S$ that goes to memory and
+# comes back. ($z$ is too small to count; the half of a chunk's pairs that lies in the future is computed and thrown away.)
+# The bill for a sequence of 16,384:
+
+
+# %%
+def bill(C, m=64, d_v=64):
+    """Operations and bytes for one position, in chunks of C."""
+    return 2 * C * (m + d_v) + 4 * m * d_v, 4 * (2 * m + 2 * d_v) + 8 * m * d_v / C
+
+
+for C, name in ((1, "running sums"), (16, ""), (128, "the package"), (1024, ""), (16384, "every pair")):
+    operations, moved = bill(C)
+    print(f"chunks of {C:6,}: {operations:9,} operations, {moved:8,.0f} bytes   {name}")
+
+# %% [markdown]
+# Running sums need the least arithmetic of all, and lose: a matrix per position is thirty times more to carry than the
+# sequence itself, for two operations a number. From one position to 128 in a chunk the arithmetic triples and the traffic
+# all but vanishes. That is a good trade on any processor, because arithmetic in products of matrices is what it has
+# plenty of.
+#
+# The least that *any* form with chunks of 128 can take is its operations at the speed of a large matrix product, its
+# bytes at the speed of a plain copy, and $2m$ exponentials for the features. All three speeds can be measured on this very
+# machine: their sum is the **floor**. Left, each form against the length, one head of 64 channels; look at who keeps
+# level, and how far above the floor. Right, the form in chunks from *The fast version* at 4,096 positions, with chunks
+# from 4 to 4,096; look at both ends, and at the dotted line: that is the bill, paid at the measured speeds.
+
+# %%
+square, large, small = torch.randn(1024, 1024), torch.randn(2**23), torch.randn(2**16)
+copied = torch.empty_like(large)
+operation_time = quickest(lambda: square @ square) / (2 * 1024**3)
+byte_time = quickest(lambda: copied.copy_(large)) / (2 * large.nbytes)
+exponential_time = quickest(lambda: small.exp()) / small.numel()
+
+
+def at_best(C, width=64):
+    """Nanoseconds for each number of one head, if nothing but the bill had to be paid."""
+    operations, moved = bill(C)
+    return 1e9 * (operations * operation_time + moved * byte_time + 2 * width * exponential_time) / width
+
+
+def nanoseconds(form, tensors):
+    return 1e9 * quickest(lambda: form(*tensors), patience=0.06) / tensors[0].numel()
+
+
+one_head = {L: [torch.randn(1, 1, L, 64, generator=seeded(i)) for i in range(3)] for L in (256, 1024, 4096, 16384)}
+ways = {  # and up to which length our patience reaches
+    "running sums": (lambda *qkv: attention_cumsum(*qkv, elu_features), 4096),
+    "one token at a time": (lambda *qkv: linear_attention_recurrent(*qkv, elu_features), 1024),
+    "chunks of 128, all at once": (lambda *qkv: attention_chunked(*qkv, elu_features, 128), 16384),
+    "the package: segments of chunks": (lambda *qkv: linear_attention(*qkv, elu_features, causal=True), 16384),
+}
+took = {name: {L: nanoseconds(f, t) for L, t in one_head.items() if L <= end} for name, (f, end) in ways.items()}
+chunks = [4, 16, 32, 64, 128, 256, 512, 1024, 4096]
+by_chunk = {C: nanoseconds(lambda *qkv: attention_chunked(*qkv, elu_features, C), one_head[4096]) for C in chunks}  # noqa: B023
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+for name, times in took.items():
+    left.plot(list(times), list(times.values()), label=name)
+left.plot(list(one_head), [at_best(128)] * 4, "k:", marker="", label="floor")
+left.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="nanoseconds for each number of y")
+left.set_xticks(list(one_head), [f"{L:,}" for L in one_head])
+right.plot(chunks, list(by_chunk.values()), label="chunks of C, all at once")
+right.plot(chunks, [at_best(C) for C in chunks], "k:", marker="", label="its bill")
+right.set(xscale="log", xlabel="C (positions in a chunk), length 4,096")
+right.set_xticks([4, 16, 64, 256, 1024, 4096], ["4", "16", "64", "256", "1,024", "4,096"])
+left.set_yticks([3, 10, 30, 100, 300, 1000], ["3", "10", "30", "100", "300", "1,000"])
+for ax in (left, right):
+    ax.minorticks_off()
+    ax.legend(fontsize="small")
+package, at_once = took["the package: segments of chunks"], took["chunks of 128, all at once"]
+facts = {
+    "at 4,096 tokens running sums take at least 8 times as long as chunks": (
+        took["running sums"][4096] > 8 * at_once[4096]
+    ),
+    "one token at a time takes at least 5 times as long as chunks": took["one token at a time"][1024]
+    > 5 * at_once[1024],
+    "the package's time for each number does not rise by half from 1,024 to 16,384": package[16384]
+    < 1.5 * package[1024],
+    "at 16,384 it is within 10 times of the floor": package[16384] < 10 * at_best(128),
+    "and takes at most one and a half times as long as all chunks at once": package[16384] < 1.5 * at_once[16384],
+    "chunks of 4 take at least 3 times as long as chunks of 128": by_chunk[4] > 3 * by_chunk[128],
+    "a single chunk of 4,096 at least 4 times": by_chunk[4096] > 4 * by_chunk[128],
+}
+show(
+    fig,
+    "Time for each number on logarithmic axes. Left against the length: running sums and one token at a time at the top, "
+    "chunks all at once and the package far below, the floor under all. Right against the chunk's length: high at both "
+    "ends, lowest in the middle, like the bill. " + "; ".join(f"{f}: {h}" for f, h in facts.items()) + ".",
+)
+
+# %% [markdown]
+# The step that brought most is the one from a state per position to a state per chunk: the same algebra, more
+# operations, and many times faster. The right panel says how much care the choice of $C$ needs: hardly any, between 32 and
+# 256 the valley is wide. At its left edge the memory is the brake, at its right edge the pairs.
+#
+# The second step is no algebra at all. *All at once*, the pairs of 16,384 positions are a tensor of 8 MB, fresh memory
+# that the system must hand out page by page. The package takes segments of several chunks, whose tensors stay in the
+# cache and are used again, and hands the sums on. How much time that saves depends on the machine: compare the right ends
+# of the two lower lines. What it saves in memory does not. But a training step cannot forget as freely, since the backward
+# pass needs features and pairs again; so we count both.
+
+# %%
+held = {}
+for kind, length in (("a forward pass", 16384), ("forward and backward", 16384)):
+    tensors = [x.clone().requires_grad_(kind != "a forward pass") for x in one_head[length]]
+    for name in ("chunks of 128, all at once", "the package: segments of chunks"):
+
+        def run(form=ways[name][0], tensors=tensors):
+            y = form(*tensors)
+            return torch.autograd.grad(y.sum(), tensors) if y.requires_grad else y
+
+        held[name] = peak_memory(run)
+    at_once_bytes, package_bytes = held.values()
+    print(f"{kind}: the package holds less at its peak: {package_bytes < at_once_bytes};", end=" ")
+    print(f"less than half: {package_bytes < at_once_bytes / 2}")
+
+# %% [markdown]
+# In a forward pass segments hold less than half of the memory; in training they save a little, and the features and pairs
+# of the whole sequence remain.
+#
+# What is left between the package and the floor? Products of 128 by 64 do not reach the speed of one of 1,024 by 1,024;
+# elu, the one added to it, the triangle and the division each walk over their tensor once more; and the sums are handed
+# from chunk to chunk in a loop, which short sequences feel most. Note also what the floor is *not*: a floor for softmax.
+# Torch's fused call computes every visible pair, half of $L$ for the average query, but it does so with great skill, and
+# below the crossing in the figure of *How it grows* it wins.
+
+# %% [markdown]
 # ## What each map approximates, and what it does not
 #
 # ### elu + 1: nothing, on purpose

@@ -40,7 +40,7 @@ from longseq_tutorial.classroom.checks.fft_bias import (
     check_toeplitz_product,
 )
 from longseq_tutorial.classroom.panels_fft_bias import BiasOverDistance, drawing, drawn_lags, show_matrix
-from longseq_tutorial.mechanisms.fft import good_length
+from longseq_tutorial.mechanisms.fft import good_length, long_convolution
 from longseq_tutorial.mechanisms.fft_bias import (
     FastRPB,
     toeplitz_matrix,
@@ -600,7 +600,182 @@ show(
 
 # %% [markdown]
 # That is a factor for nothing: rounding up changes no result, and costs at most a few zeros.
+
+# %% [markdown]
+# ## Why this is fast
 #
+# Count the operations for one channel. A real FFT of $n$ numbers takes about $\tfrac52\, n \log_2 n$ of them. We
+# need one there and one back, and $3n$ for the product of the waves; with $n \approx 2L$ that makes, for each of the
+# $L$ numbers,
+#
+# $$10 \log_2 (2L) + 6 \quad\text{operations for the FFT, against}\quad 2L \quad\text{for the matrix.}$$
+#
+# (The weights' own transform is shared by all sequences and all channels of a head.) And the bytes: the least that
+# any method must do is to read $v$ and to write $y$, 8 bytes a number. The FFT does more. The padded values, their
+# waves, the product and the padded result are four tensors of twice the length, each of them written once and read
+# once: 64 bytes. The matrix reads little but itself, $4L^2$ bytes.
+
+# %%
+print(f"{'length':>7}  operations for each number: FFT, matrix, matrix/FFT")
+for length in (128, 4096, 65536):
+    n = good_length(2 * length - 1)
+    by_fft = (5 * n * np.log2(n) + 3 * n) / length
+    print(f"{length:7,d}  {by_fft:.0f}, {2 * length:,d}, {fmt(2 * length / by_fft)}")
+
+# %% [markdown]
+# Do not expect the clock to repeat these ratios. A processor multiplies matrices at full speed; an FFT has to fetch its
+# partners from ever farther away, and gets through fewer operations a second. So the honest **floor** here is neither the
+# matrix rate nor the bandwidth, but the FFT itself: a bare `rfft` and `irfft` of as many rows of $n$ numbers, lying
+# ready in memory, padded. Whatever we do, we pay that. What we can save is what stands *around* it, and that is, above
+# all, **turning** the values: they come as $(B, L, H, d)$, and the FFT wants positions last. Three ways:
+
+
+# %%
+def along_time(lags, v):
+    """No turning: the FFT runs along axis 1 as it is. As one would write it first."""
+    length = v.shape[1]
+    n = good_length(2 * length - 1)
+    circle = F.pad(lags, (0, n - 2 * length + 1)).roll(1 - length, -1)  # (H, n)
+    waves = torch.fft.rfft(v, n=n, dim=1) * torch.fft.rfft(circle).T[None, :, :, None]
+    return torch.fft.irfft(waves, n=n, dim=1)[:, :length]
+
+
+def turned_in_tiles(lags, v, tile=128):
+    """Turned 128 positions at a time, right to the place in the padded rows."""
+    batch, length, heads, width = v.shape
+    n = good_length(2 * length - 1)
+    circle = F.pad(lags, (0, n - 2 * length + 1)).roll(1 - length, -1)  # (H, n)
+    rows = v.new_zeros(batch, heads, width, n)
+    for t in range(0, length, tile):
+        rows[..., t : min(t + tile, length)] = v[:, t : t + tile].permute(0, 2, 3, 1)
+    y = torch.fft.irfft(torch.fft.rfft(rows) * torch.fft.rfft(circle)[:, None], n=n)[..., :length]
+    return y.permute(0, 3, 1, 2)
+
+
+ways = {"along time": along_time, "turned as a whole": toeplitz_fast, "turned in tiles": turned_in_tiles}
+case = random_case(batch=2, length=300, heads=2, width=3)
+dense = values_and_gradients(toeplitz_product_dense, *case)
+for name, form in ways.items():
+    found = values_and_gradients(form, *case)
+    error = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(dense, found, strict=True))
+    print(f"{name}: y and both gradients equal the matrix's, error", below(error, 1e-11))
+
+# %% [markdown]
+# Now the clock, one core, no gradients. On the left, look for two things: where the matrix (here *ready made*, only the
+# product is timed) crosses the FFTs, and how far these stay above the dotted floor. On the right, forward *and* backward
+# of a relative: `long_convolution` of chapter 01, where each channel has a kernel of its own, against the same written
+# down with `rfft` and left to autograd.
+
+# %%
+heads, width, count = 4, 16, [128, 512, 2048, 8192, 32768]  # 64 channels
+
+
+def turns(length, rows=heads * width):
+    """The floor, as a function to measure: transform as many padded rows there and back, and nothing else."""
+    n = good_length(2 * length - 1)
+    ready = torch.randn(rows, n)
+    return lambda: torch.fft.irfft(torch.fft.rfft(ready), n=n)
+
+
+def textbook(u, kernel):
+    """u (B, L, D) and kernel (D, L): a causal convolution."""
+    n = 2 * u.shape[1]
+    return torch.fft.irfft(torch.fft.rfft(u.mT, n=n) * torch.fft.rfft(kernel, n=n), n=n)[..., : u.shape[1]].mT
+
+
+spent = {name: [] for name in ("matrix, ready made", *ways, "the package", "floor")}
+for length in count:
+    lags, v = (t.float() for t in random_case(1, length, heads, width))
+    for name, form in {**ways, "the package": toeplitz_product}.items():
+        spent[name].append(quickest(lambda f=form, a=lags, b=v: f(a, b), patience=0.09))
+    spent["floor"].append(quickest(turns(length), patience=0.09))
+    if length <= 2048:
+        matrix, columns = toeplitz_matrix(lags), v[0].transpose(0, 1).contiguous()  # (H, L, L), (H, L, d)
+        spent["matrix, ready made"].append(quickest(lambda a=matrix, b=columns: a @ b, patience=0.09))
+nanoseconds = {
+    name: [1e9 * s / (heads * width * size) for s, size in zip(times, count, strict=False)]
+    for name, times in spent.items()
+}
+square = torch.randn(1024, 1024)
+matrix_rate = 2 * 1024**3 / quickest(lambda: square @ square)
+points = good_length(2 * 2048 - 1)
+fft_rate = heads * width * 5 * points * np.log2(points) / spent["floor"][2]
+
+size = 8192
+u, kernel = torch.randn(1, size, 64, requires_grad=True), torch.randn(64, size, requires_grad=True)
+from_above = torch.randn(1, size, 64)
+learning = {
+    name: 1e3 * quickest(lambda f=f: torch.autograd.grad(f(u, kernel), (u, kernel), from_above))
+    for name, f in {"rfft and autograd": textbook, "long_convolution": long_convolution}.items()
+}
+learning["floor: three there and back"] = 3e3 * quickest(turns(size))
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), width_ratios=[1.6, 1])
+for name, times in nanoseconds.items():
+    style = {"color": "black", "linestyle": ":", "marker": ""} if name == "floor" else {}
+    left.plot(count[: len(times)], times, label=name, **style)
+left.set(xscale="log", yscale="log", xlabel="length (steps)", ylabel="nanoseconds for each number")
+left.set_xticks(count, [f"{size:,}" for size in count])
+left.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+left.minorticks_off()
+left.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+right.barh(range(3), learning.values(), height=0.5, color=[OKABE_ITO["orange"], OKABE_ITO["blue"], "#999999"])
+right.set(yticks=[], xlabel="time (ms)", title=f"forward and backward, {size:,} steps", ylim=(2.5, -0.75))
+for row, name in enumerate(learning):
+    right.text(0, row - 0.27, name, fontsize="small", va="bottom")
+ready, package, whole, tiles = (
+    nanoseconds[name] for name in ("matrix, ready made", "the package", "turned as a whole", "turned in tiles")
+)
+facts = {
+    "a matrix product does more operations a second than the FFT": matrix_rate > fft_rate,
+    "at 128 positions the ready matrix takes at most twice the package's time": ready[0] < 2 * package[0],
+    "at 2,048 positions it takes more": ready[2] > package[2],
+    "from 2,048 positions on the package stays within ten times of the floor": all(
+        p < 10 * f for p, f in zip(package[2:], nanoseconds["floor"][2:], strict=True)
+    ),
+    "at 32,768 positions turning in tiles takes at most 1.5 times as long as turning as a whole": tiles[-1]
+    < 1.5 * whole[-1],
+    "with gradients, long_convolution takes at most 1.2 times as long as rfft and autograd": learning[
+        "long_convolution"
+    ]
+    < 1.2 * learning["rfft and autograd"],
+}
+show(
+    fig,
+    "Left: time for each number against the length, 64 channels in 4 heads: a ready matrix, the FFT along time, turned "
+    "as a whole, turned in tiles, the package, and the floor of bare transforms. Right: forward and backward of a "
+    "convolution, left to autograd and by the package, and its floor. "
+    + "; ".join(f"{fact}: {holds}" for fact, holds in facts.items())
+    + ".",
+)
+
+# %% [markdown]
+# Below some hundred positions there is nothing to gain: the matrix, once it is there, is as fast. From then on its line
+# rises with the length, and the FFTs' far more slowly.
+#
+# What brought most? For awkward lengths, `good_length`, as seen above. For all others it is the turning. Along time,
+# the FFT's neighbours lie 64 numbers apart, and in a long sequence it works far from its floor. Turned as a whole, it
+# works close together; but then the turning jumps. For each number it fetches a whole line of memory, which holds the
+# neighbouring channels too, and in a long sequence that line has left the cache again when those are wanted. 128
+# positions of 64 channels fit the cache, so tiles fetch each line once. In short sequences, which fit the cache anyway,
+# there is nothing to win.
+#
+# With gradients a second step counts. Autograd takes an `rfft` back by a *complex* transform of all $n$ waves,
+# half of them zeros, and throws the imaginary part away. But we know what the gradients are: a product with the
+# offsets turned round, and a correlation. Both are real transforms again. The package's `long_convolution` writes its
+# backward pass like that, and turns in tiles, in both directions. `toeplitz_product` is still the plain form, without
+# either.
+#
+# One step it does have: on a CPU it takes long sequences a few *heads* at a time, so that what is twice as long does not
+# stand there for all heads at once. That is done for the memory; time it costs rather than saves:
+
+# %%
+lags, v = (t.float() for t in random_case(1, 32768, heads, width))
+whole, by_heads = (peak_memory(lambda f=f: f(lags, v)) for f in (toeplitz_fast, toeplitz_product))
+print("all heads at once, peak memory in sizes of v:", fmt(whole / (4 * v.numel())))
+print("a few heads at a time:                       ", fmt(by_heads / (4 * v.numel())))
+
+# %% [markdown]
 # ## Images: two distances
 #
 # A picture of $X \times Y$ pixels, read row after row, is a sequence of $XY$ tokens, and there the one-dimensional
