@@ -950,7 +950,7 @@ print("and more than a tenth of the unit's time:", on_scores > 0.1 * ours[2])
 #
 # ### And the average beneath
 #
-# The unit is half of a SeqBoat layer; beneath it an EMA runs over *all* tokens, awake or not, in both directions. Packing
+# The unit is one part of a SeqBoat layer; beneath it an EMA runs over *all* tokens, awake or not, in both directions. Packing
 # saves nothing there. The published code makes its kernel by raising each of the $2Dn$ decays to each of $L$ powers, and convolves by
 # FFT. Chapter 01 has two better ways: the powers as a product of two short tables, then the FFT; or no long kernel at all,
 # blocks of a few dozen steps and a state between them, as `DampedEMA` does it now. Here is the whole layer, forward and

@@ -772,6 +772,144 @@ for name in forms:
     print(f"{name + ':':23} linearly or less: {growth_exponent(sizes, memory).exponent < 1.15}")
 
 # %% [markdown]
+# ## Why this is fast
+#
+# Count what one token costs, with $S$ codes, keys of width $d$ and values of width $e$. Its key is named: $2Sd$ operations.
+# Its query is scored against the codes, another $2Sd$, and reads their mean values, $2Se$. Softmax wants $S$ exponentials.
+# The numbers that must come from memory and go back are $q$, $k$, $v$ and $y$, four bytes each:
+#
+# $$\underbrace{2S(2d + e)}_{\text{operations}} \qquad \underbrace{S}_{\text{exponentials}} \qquad
+#   \underbrace{4\,(2d + 2e)}_{\text{bytes}} .$$
+#
+# In words: nothing here depends on $L$. Attention over single keys has $L$ in the place of $S$ (and saves the naming), so the
+# identity itself is the step that brings most: a factor of about $L/S$. Means and codes, $4S(d + e)$ bytes, are read by
+# every query, but they are small enough to stay beside the processor.
+#
+# The **floor** below is what this very machine needs for so many operations in a plain matrix product, so many
+# exponentials on numbers in its cache, and copying so many bytes. The causal form has more to do than the floor says: the pairs
+# in its own block, and $S$ means *for each block*, a table that grows with the length.
+#
+# The package saves in three more places. Look at them on the right, where each pair does the same work:
+#
+# - **One fused call.** Mean values and log-counts make attention over codes an ordinary softmax, so torch's fused call can do
+#   it tile by tile. In plain steps, scores, weights and quotients are $L \times S$ tables that travel to memory and back.
+# - **Names by `max`.** `max` hands out the largest value and its place together; `argmax`, asked for less, takes longer.
+# - **Running sums block by block.** `cumsum` along a middle axis walks through memory in long strides. A loop that adds one
+#   block's table to the total reads it as it lies, and so does the package.
+
+# %%
+wide, S = 64, 256
+g = torch.Generator().manual_seed(0)
+book = 0.3 * torch.randn(1, S, wide, generator=g)
+lengths = [1024, 2048, 4096, 8192]
+inputs = [0.3 * torch.randn(3, 1, 1, length, wide, generator=g) for length in lengths]
+
+
+def plain_steps(q, k, v):
+    """Attention over codes with every table written out."""
+    sums, counts = code_sums(v, nearest_code(k, book), S)
+    scores = q @ book.mT
+    power = torch.exp(scores - scores.amax(-1, keepdim=True)) * counts.unsqueeze(2)
+    return (power / power.sum(-1, keepdim=True)) @ (sums / counts.clamp(min=1).unsqueeze(-1))
+
+
+def added_up(tables):
+    """Running sums along the first axis, one addition for each block."""
+    total, parts = torch.zeros_like(tables[0]), []
+    for table in tables:
+        total = total + table
+        parts.append(total)
+    return torch.stack(parts)
+
+
+def largest(rows):
+    """The place of the largest number of each row, which comes along with its value."""
+    return rows.max(-1).indices
+
+
+square, large, small = torch.randn(1024, 1024), torch.randn(2**23), torch.randn(2**16)
+operations_a_second = 2 * 1024**3 / quickest(lambda: square @ square)
+bytes_a_second = 2 * large.numel() * 4 / quickest(lambda: large.clone())
+exponentials_a_second = small.numel() / quickest(lambda: small.exp())
+floor = (
+    2 * S * 3 * wide / operations_a_second + S / exponentials_a_second + 16 * wide / bytes_a_second
+)  # seconds a token
+
+ways = {
+    "fused attention": fused,
+    "over codes, causal": lambda q, k, v: vq_attention(q, k, v, book, causal=True),
+    "over codes, plain steps": plain_steps,
+    "over codes, the package": lambda q, k, v: vq_attention(q, k, v, book),
+}
+with torch.no_grad():
+    seconds = {name: [quickest(lambda f=f, x=x: f(*x)) for x in inputs] for name, f in ways.items()}
+
+scored, tables = inputs[-1][1] @ book.mT, torch.randn(64, S, wide, generator=g)  # (1, 1, L, S); one table a block
+names = nearest_code(inputs[-1][1], book)
+pairs = {
+    "names: argmax, max": (lambda: scored.argmax(-1), lambda: largest(scored)),
+    "running sums: cumsum, by block": (lambda: tables.cumsum(0), lambda: added_up(tables)),
+}
+saved = {name: quickest(before) / quickest(after) for name, (before, after) in pairs.items()}
+saved["codes: plain steps, fused call"] = (
+    seconds["over codes, plain steps"][-1] / seconds["over codes, the package"][-1]
+)
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), width_ratios=(3, 2))
+for name, times in seconds.items():
+    left.plot(lengths, [1e6 * t / length for t, length in zip(times, lengths, strict=True)], label=name)
+left.plot(lengths, [1e6 * floor] * len(lengths), "k:", marker="", label="floor of the package's form")
+left.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="microseconds a token, forward")
+left.set_xticks(lengths, [f"{length:,}" for length in lengths])
+left.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+left.minorticks_off()
+left.legend(fontsize="small")
+right.barh([name.replace(": ", "\n") for name in saved], list(saved.values()), height=0.5)
+right.axvline(1, color="#999999", linestyle=":")
+right.set(xlabel="time of the first over time of the second", title="the same work, two ways")
+
+best = seconds["over codes, the package"]
+q, k, v = inputs[0]
+gaps = {
+    "argmax and max": float((scored.argmax(-1) != largest(scored)).sum()),
+    "cumsum and by block": float((tables.cumsum(0) - added_up(tables)).abs().max()),
+    "plain steps and fused call": float((plain_steps(q, k, v) - vq_attention(q, k, v, book)).abs().max()),
+}
+facts = {
+    "at 8,192 tokens over codes is at least four times faster than fused attention": seconds["fused attention"][-1]
+    > 4 * best[-1],
+    "its time for each token does not rise from 2,048 to 8,192 by more than half": best[-1] / 4 < 1.5 * best[1],
+    "it stays within 20 times of the floor": best[-1] / lengths[-1] < 20 * floor,
+    "argmax takes longer than max": saved["names: argmax, max"] > 1,
+    "cumsum takes longer than adding block by block": saved["running sums: cumsum, by block"] > 1,
+    "the same results": max(gaps.values()) < 1e-3,
+}
+show(
+    fig,
+    "Left: time for each token against length, forward, 256 codes, width 64: fused attention on named keys, over codes causal, "
+    "in plain steps and by the package, and the floor. Right: ratios of the times of two ways to do the same work. "
+    + "; ".join(f"{fact}: {holds}" for fact, holds in facts.items())
+    + ".",
+)
+with torch.no_grad():
+    many = inputs[-1][1]
+    share = (quickest(lambda: nearest_code(many, book)) + quickest(lambda: code_sums(many, names, S))) / best[-1]
+    whole = peak_memory(lambda: nearest(many[0, 0, :1024], book[0]))
+    by_score = peak_memory(lambda: nearest_code(many[:, :, :1024], book))
+print("naming, and adding up by name, take at least a fifth of the package's time:", share > 0.2)
+print("naming 1,024 keys by all differences, as in the beginning, needs 50 times the memory:", whole > 50 * by_score)
+
+# %% [markdown]
+# Fused attention climbs with the length, the forms over codes stay level. torch's fused call is no slow rival: the package makes
+# the very same call. It simply has $S$ keys to see instead of $L$.
+#
+# What lies between the package and the floor? A good part is what the floor counts as nothing: finding the largest of $S$
+# numbers, and adding values up by name. The causal form has to write and read its means as well: with blocks of $c = S/2$
+# queries, a table of $S$ means for each block is *twice as many numbers as all values*. Smaller blocks would make it larger
+# still, larger ones mean more pairs; that is why $c$ goes with $S$. Its scores are worked through a few blocks at a time,
+# about a million numbers at once, so that memory holds those and never all $L\,(c + S)$.
+
+# %% [markdown]
 # ## What is lost
 #
 # The identity is exact *over quantised keys*. The loss is in the quantising. Two questions: how far does a key move when it is
