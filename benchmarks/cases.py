@@ -313,7 +313,7 @@ CASES: dict[str, Case] = {
     ),
     "sparse-activation": Case(sparse, LINEAR),
     "vq-assignment": Case(assignment, LINEAR, work=limits.assignment),
-    "vq": Case(vq, LINEAR, work=limits.vq),
+    "vq": Case(vq, LINEAR, work=limits.vq, agree=1e-3),
     "vq-causal": Case(partial(vq, causal=True), LINEAR, work=partial(limits.vq, causal=True)),
     "linear": Case(partial(linear, causal=False), LINEAR),
     "linear-causal": Case(partial(linear, causal=True), LINEAR, work=limits.linear),
