@@ -50,8 +50,8 @@ course: $(STAMP) ## run the whole course without a browser: readable HTML and a 
 notebooks: $(STAMP) ## build the notebooks from notebooks/source, executed (for authors)
 	@$(PY) notebooks/build.py build
 
-train: $(STAMP) ## train Mega on spoken digits in about five minutes (ARGS= passes other options)
-	@$(PY) -m longseq_tutorial.train $(or $(ARGS),--task speech --model mega --recipe cpu-5min)
+train: $(STAMP) ## train Mega on spoken digits in a few minutes (ARGS= passes other options)
+	@$(PY) -m longseq_tutorial.train $(or $(ARGS),--task speech --model mega --recipe laptop)
 
 bench: $(STAMP) $(if $(PEERS),$(VENV)/peers/installed) ## measure time, memory and growth (ONLY= picks cases or targets, PEERS=1 adds peers)
 	@$(if $(PEERS),PYTHONPATH="$(CURDIR)/$(VENV)/peers") $(PY) -m benchmarks $(ONLY) $(ARGS)

@@ -1,6 +1,6 @@
 """Train a model from the command line.
 
-    python -m longseq_tutorial.train --task speech --model mega --recipe cpu-5min
+    python -m longseq_tutorial.train --task speech --model mega --recipe laptop
     accelerate launch --multi_gpu --num_processes 2 -m longseq_tutorial.train --task listops ...
 
 The second form starts two processes, on two GPUs or, where there is none, on the CPU. (`accelerate launch --cpu`
@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from .tasks import DataError
-from .training import CheckpointError, NonFiniteError, RecipeError, RecordError, Unfinished, fit, recipes
+from .training import CheckpointError, NonFiniteError, RecipeError, RecordError, Unfinished, fit, recipe, recipes
 
 _Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -41,9 +41,9 @@ class CommandError(ValueError):
 class Arguments:
     """Train a model by a recipe; the record and the weights end up in --out."""
 
-    task: _Name = ""  # what to learn: speech, listops
-    model: _Name = ""  # what learns it: mega, mega-chunk, transformer
-    recipe: _Name = ""  # how: cpu-5min, paper
+    task: _Name = ""  # what to learn: listops, text, retrieval, image, pathfinder, pathx, speech
+    model: _Name = ""  # what learns it: transformer, mega, mega-chunk, seqboat, longvq, fastrpb, spade
+    recipe: _Name = ""  # how: laptop, gpu-30min, paper
     seed: int = 0  # decides weights, order of the data, dropout and augmentation
     out: Path = Path("runs")  # where the record goes; checkpoints and TensorBoard files in a folder of the run's name
     resume: bool = False  # go on from the last checkpoint
@@ -89,8 +89,8 @@ def _train(arguments: Arguments, argv: Sequence[str]) -> int:
     for key in ("task", "model", "recipe"):
         if not getattr(arguments, key):
             raise CommandError(f"--{key} is missing; --list shows all tasks, models and recipes.")
-    recipe = recipes.get(arguments.task, arguments.model, arguments.recipe)
-    recipe = recipes.change(recipe, recipes.parse_settings(arguments.set))
+    chosen = recipes.get(arguments.task, arguments.model, arguments.recipe)
+    chosen = recipe.change(chosen, recipe.parse_settings(arguments.set))
     for key in ("seed", "threads", "workers"):
         if not 0 <= getattr(arguments, key) < 2**32:
             raise CommandError(f"--{key} must be a whole number >= 0; got {getattr(arguments, key)}.")
@@ -100,7 +100,7 @@ def _train(arguments: Arguments, argv: Sequence[str]) -> int:
         torch.set_num_threads(arguments.threads)
     try:
         record = fit(
-            recipe,
+            chosen,
             seed=arguments.seed,
             out=arguments.out,
             resume=arguments.resume,
@@ -165,8 +165,11 @@ def table() -> str:
         rows.append((r.task, r.model, r.name, length, str(r.batch), f"{r.lr:.4g}", f"{r.warmup:,}", r.schedule, *rest))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    refused = [f"{task} {model} {name}: none, {why}." for (task, model, name), why in recipes.REFUSED.items()]
-    return "\n".join([*lines, *refused])
+    missing: dict[tuple[str, str], list[str]] = {}  # the same reason for several models or tasks is one line
+    for (task, model, name), why in recipes.REFUSED.items():
+        missing.setdefault((name, why), []).append(f"{task} {model}")
+    refused = [f"no {name} for {', '.join(which)}: {why}." for (name, why), which in missing.items()]
+    return "\n".join([*lines, "", *refused])
 
 
 def _again(argv: Sequence[str]) -> str:

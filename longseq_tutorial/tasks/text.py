@@ -40,6 +40,7 @@ def load(
     verify: bool = True,
     length: int = 4_096,
     valid: int = 2_500,
+    test: int | None = None,
 ) -> Task:
     """Film reviews as a `Task`: tokens byte + 1 of a vocabulary of 257, two classes.
 
@@ -48,12 +49,15 @@ def load(
     download, verify: see `imdb.find`.
     length: reviews are cut to this many bytes (the Arena: 1,000 to 4,000; S4: 4,096, which cuts 2.8 % of them).
     valid: at least so many training reviews are held out to choose by, whole films at a time; 0 trains on all.
+    test: so many test reviews, evenly spaced, so that both classes and all kinds of films keep their share; None: all.
     seed: nothing here is drawn; it is taken so that all tasks load alike.
     """
     if source not in ("auto", *SOURCES):
         raise DataError(f"source must be 'auto', 'imdb' or 'sample'; got {source!r}.")
     if length < 1:
         raise DataError(f"length must be at least 1 byte; got {length}.")
+    if test is not None and test < 1:
+        raise DataError(f"test must be at least 1 review, or None for all; got {test}.")
     reviews = None
     if source != "sample":
         try:
@@ -79,7 +83,12 @@ def load(
         )
         described = f"{kind}, official split, {said}"
     split = Split(text, offsets, label, length, shift=1)
-    train, valid_part, test = (split.select(part == number) for number in range(3))
+    training, validation, testing = (split.select(part == number) for number in range(3))
+    if test is not None and test < len(testing):
+        some = np.zeros(len(testing), dtype=bool)
+        some[np.arange(test) * len(testing) // test] = True
+        testing = testing.select(some)
+        described += f", {test:,} of the test reviews"
     config = TaskConfig(
         name="text",
         kind="tokens",
@@ -89,7 +98,7 @@ def load(
         class_names=CLASS_NAMES,
         source=f"{described}, first {length:,} bytes",
     )
-    return Task(config, train, valid_part, test)
+    return Task(config, training, validation, testing)
 
 
 def held_out(film: np.ndarray, candidates: np.ndarray, least: int) -> np.ndarray:

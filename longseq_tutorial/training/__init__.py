@@ -3,7 +3,8 @@
 from .checkpoint import CheckpointError
 from .diagnose import NonFiniteError
 from .loop import Unfinished, evaluate, fit
-from .recipes import RECIPES, Recipe, RecipeError, get
+from .recipe import Recipe, RecipeError
+from .recipes import RECIPES, get
 from .records import Record, RecordError, load_run, read_record
 
 __all__ = [

@@ -22,7 +22,7 @@ from ..tasks import Batch, Split, Task
 from .batches import answer, evaluation_batches, to_device, training_batches
 from .diagnose import NonFiniteError, first_nonfinite
 from .machine import Interrupt, reproducible
-from .recipes import Recipe
+from .recipe import Recipe
 from .records import Record
 from .run import Run, Unfinished, model_settings
 from .schedule import learning_rate

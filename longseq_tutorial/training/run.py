@@ -21,7 +21,7 @@ from .. import models
 from ..tasks import Task
 from . import checkpoint, machine
 from .checkpoint import CheckpointError
-from .recipes import Recipe, RecipeError, plain
+from .recipe import Recipe, RecipeError, plain
 from .records import Record, read_record, write_record
 from .schedule import make_optimizer
 

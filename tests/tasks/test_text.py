@@ -140,6 +140,16 @@ def test_length_cuts_bytes(tmp_path):
     assert {text for text, _ in said(task.train)} == {"train"}
 
 
+def test_some_test_reviews_are_spread_over_all() -> None:
+    whole, some = tasks.load("text", source="sample").test, tasks.load("text", source="sample", test=7)
+    assert "7 of the test reviews" in some.config.source and len(some.test) == 7
+    rows = [next(i for i in range(len(whole)) if whole[i][0].equal(some.test[k][0])) for k in range(7)]
+    assert rows == [k * len(whole) // 7 for k in range(7)]
+    assert len(tasks.load("text", source="sample", test=10_000).test) == len(whole)
+    with pytest.raises(DataError, match="at least 1 review, or None for all; got 0"):
+        tasks.load("text", source="sample", test=0)
+
+
 def test_incomplete_sets_are_refused(tmp_path):
     unpack(files(), tmp_path)
     with pytest.raises(DataError, match=r"holds 6, 6, 6, 6 reviews .* instead of 12,500 each.*verify=False"):
