@@ -22,6 +22,7 @@ Letters: B batch, L length, D channels, N numbers of state, C block length, J = 
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ __all__ = ["BLOCK", "Tables", "block_recurrence", "block_recurrence_plain"]
 
 BLOCK = 64  # steps: long enough to keep the loop over blocks short, short enough that C * C stays cheap
 STRETCH = 2**20  # bytes of input worked on at once on a CPU: half of a common second-level cache
+TILE = 64  # channels worked on at once on a CPU: each has tables of its own, which want to be in the cache too
 
 
 class Tables(NamedTuple):
@@ -105,7 +107,8 @@ def _run(
         if state is not None:
             raise ValueError("A recurrence that also runs from the end has no state to go on from; got one.")
         reverse = reverse_tables(block)
-        x = F.pad(x, (0, 0, 0, -length % block))  # silence after the end changes nothing before it
+        if length % block:  # silence after the end changes nothing before it
+            x = F.pad(x, (0, 0, 0, -length % block))
         against = reverse.read.flip(1), reverse.write.flip(2), reverse.decay  # its time runs the other way
         y, h = blocks(x, _toeplitz(whole, reverse), *whole[1:], *against, h)
         return y[:, :length], h.transpose(0, 1)
@@ -182,7 +185,7 @@ def _decayed(h: Tensor, decay: Tensor) -> Tensor:
 
 
 class _Blocks(torch.autograd.Function):
-    """Arguments and results of :func:`_blocks_plain`. Saved for the backward pass: x, and the state of each block.
+    """Arguments and results of :func:`_blocks_plain`. Saved for the backward pass: x, and the state at each boundary.
 
     The gradient is the same algebra mirrored in time: what an output is to the state that reads it, the gradient of a
     written state is to the input. One pass over time carries the states that flow along with it; where a second
@@ -203,115 +206,124 @@ class _Blocks(torch.autograd.Function):
         h: Tensor,
     ) -> tuple[Tensor, Tensor]:
         work = _Stretches(x, toeplitz.shape[1])
-        states, reverse = work.states(write), None
-        if read_back is None or write_back is None or decay_back is None:
-            matrix = torch.cat([toeplitz, read], dim=2).mT
-        else:
-            matrix = torch.cat([toeplitz, read, read_back], dim=2).mT
-            reverse = work.states(write_back)
-            back = torch.zeros_like(reverse[:, 0])
-            for a, b in work.backwards():
-                back = _carry(reverse, a, b, work.take(x, a, b) @ write_back.mT, decay_back, back, reverse=True)
+        states, reverse = work.boundaries(write), None
+        states[:, 0] = h
+        if read_back is not None and write_back is not None and decay_back is not None:
+            reverse = work.boundaries(write_back)
+            reverse[:, -1] = 0
+            for c, a, b in work.backwards():
+                _carry(reverse[c], a, b, work.take(x, c, a, b) @ write_back[c].mT, decay_back[c], back=True)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for a, b in work:
-            block = work.take(x, a, b)  # (D, j * B, C)
-            h = _carry(states, a, b, block @ write.mT, decay, h)
-            seen = torch.cat([block, *_rows(a, b, states, reverse)], dim=2)
-            work.put(y, a, b, seen @ matrix)
+        for c, a, b in work:
+            block = work.take(x, c, a, b)  # (d, j * B, C)
+            _carry(states[c], a, b, block @ write[c].mT, decay[c])
+            out = (block @ toeplitz[c].mT).baddbmm_(_rows(states[c], a, b), read[c].mT)
+            if reverse is not None and read_back is not None:
+                out.baddbmm_(_rows(reverse[c], a + 1, b + 1), read_back[c].mT)
+            work.put(y, c, a, b, out)
         ctx.save_for_backward(x, toeplitz, read, write, decay, read_back, write_back, decay_back, states, reverse)
-        return y, h.clone()
+        return y, states[:, -1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         x, toeplitz, read, write, decay, read_back, write_back, decay_back, states, reverse = ctx.saved_tensors
-        steps, width = toeplitz.shape[1], write.shape[1]
-        work = _Stretches(x, steps)
-        # A state's gradient flows against the state, and decays by the conjugate (a matrix: by its transpose).
-        back_decay = decay.mT if decay.dim() == 3 else decay.conj()
-        d_states, d_reverse = work.states(write), None
-        if reverse is None:
-            order, writes = work.backwards(), write
-        else:
-            order, writes = list(work), torch.cat([write, write_back], dim=1)
-            d_reverse = work.states(write_back)
-            there_decay = decay_back.mT if decay_back.dim() == 3 else decay_back.conj()
-            d_back = torch.zeros_like(d_reverse[:, 0])
-            for a, b in work.backwards():
-                dh = _carry(d_states, a, b, work.take(dy, a, b) @ read, back_decay, dh, reverse=True)
-        matrix = torch.cat([toeplitz, writes], dim=1)
+        work = _Stretches(x, toeplitz.shape[1])
+        d_toeplitz, d_read, d_write = (x.new_zeros(each.shape) for each in (toeplitz, read, write))
+        # At each boundary, the gradient of the state there; it flows against the state.
+        d_states, there = work.boundaries(write), _adjoint(decay)
+        d_states[:, -1] = dh
+        if reverse is not None:
+            d_read_back, d_write_back = (x.new_zeros(each.shape) for each in (read_back, write_back))
+            d_reverse, here = work.boundaries(write_back), _adjoint(decay_back)
+            d_reverse[:, 0] = 0
+            for c, a, b in work:
+                _carry(d_reverse[c], a, b, work.take(dy, c, a, b) @ read_back[c], here[c])
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        d_reads = x.new_zeros(len(matrix), steps, matrix.shape[1])  # of the Toeplitz matrix and what reads states
-        d_writes = torch.zeros_like(writes)
-        for a, b in order:
-            block, d_block = work.take(x, a, b), work.take(dy, a, b)  # (D, j * B, C)
-            if d_reverse is None:
-                dh = _carry(d_states, a, b, d_block @ read, back_decay, dh, reverse=True)
-            else:
-                d_back = _carry(d_reverse, a, b, d_block @ read_back, there_decay, d_back)
-            d_seen = torch.cat([d_block, *_rows(a, b, d_states, d_reverse)], dim=2)
-            work.put(dx, a, b, d_seen @ matrix)
-            d_reads.baddbmm_(d_block.mT, torch.cat([block, *_rows(a, b, states, reverse)], dim=2))
-            d_writes.baddbmm_(d_seen[..., steps:].mT, block)
-        d_toeplitz, d_read, d_read_back = d_reads.tensor_split((steps, steps + width), dim=2)
-        d_write, d_write_back = d_writes.tensor_split((width,), dim=1)
-        d_decay = _grad_decay(d_states, states, decay)
-        if d_reverse is None:
-            return dx, d_toeplitz, d_read, d_write, d_decay, None, None, None, dh
-        d_decay_back = _grad_decay(d_reverse, reverse, decay_back)
-        return dx, d_toeplitz, d_read, d_write, d_decay, d_read_back, d_write_back, d_decay_back, dh
+        for c, a, b in work.backwards():
+            block, d_block = work.take(x, c, a, b), work.take(dy, c, a, b)  # (d, j * B, C)
+            _carry(d_states[c], a, b, d_block @ read[c], there[c], back=True)
+            written = _rows(d_states[c], a + 1, b + 1)
+            d_out = (d_block @ toeplitz[c]).baddbmm_(written, write[c])
+            d_toeplitz[c].baddbmm_(d_block.mT, block)
+            d_read[c].baddbmm_(d_block.mT, _rows(states[c], a, b))
+            d_write[c].baddbmm_(written.mT, block)
+            if reverse is not None:
+                written = _rows(d_reverse[c], a, b)
+                d_out.baddbmm_(written, write_back[c])
+                d_read_back[c].baddbmm_(d_block.mT, _rows(reverse[c], a + 1, b + 1))
+                d_write_back[c].baddbmm_(written.mT, block)
+            work.put(dx, c, a, b, d_out)
+        d_decay = _grad_decay(d_states[:, 1:], states[:, :-1], decay)
+        grads = dx, d_toeplitz, d_read, d_write, d_decay
+        if reverse is None:
+            return *grads, None, None, None, d_states[:, 0]
+        d_decay_back = _grad_decay(d_reverse[:, :-1], reverse[:, 1:], decay_back)
+        return *grads, d_read_back, d_write_back, d_decay_back, d_states[:, 0]
 
 
 class _Stretches:
-    """Cuts ``(B, J*C, D)`` into stretches of whole blocks, small enough for the cache; iterates as block ranges."""
+    """Cuts ``(B, J*C, D)`` into stretches of whole blocks, small enough for the cache; iterates as ``c, a, b``: the
+    channels c of blocks a .. b-1. All of time comes before the next channels: their tables stay in the cache as well.
+    """
 
     def __init__(self, x: Tensor, block: int) -> None:
         self.batch, length, self.dim = x.shape
         self.block, self.blocks = block, length // block
-        bytes_a_block = self.batch * self.dim * block * x.element_size()
-        self.size = max(1, STRETCH // bytes_a_block) if x.device.type == "cpu" else self.blocks
+        on_cpu = x.device.type == "cpu"
+        self.tile = min(TILE, self.dim) if on_cpu else self.dim
+        bytes_a_block = self.batch * self.tile * block * x.element_size()
+        self.size = max(1, STRETCH // bytes_a_block) if on_cpu else self.blocks
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((a, min(a + self.size, self.blocks)) for a in range(0, self.blocks, self.size))
+    def __iter__(self) -> Iterator[tuple[slice, int, int]]:
+        for d in range(0, self.dim, self.tile):
+            for a in range(0, self.blocks, self.size):
+                yield slice(d, min(d + self.tile, self.dim)), a, min(a + self.size, self.blocks)
 
-    def backwards(self) -> list[tuple[int, int]]:
+    def backwards(self) -> list[tuple[slice, int, int]]:
         return list(self)[::-1]
 
-    def states(self, write: Tensor) -> Tensor:
-        """Room for the state at each block, ``(D, J, B, N)``."""
-        return write.new_empty(self.dim, self.blocks, self.batch, write.shape[1])
+    def boundaries(self, write: Tensor) -> Tensor:
+        """Room for the state before each block and after the last, ``(D, J + 1, B, N)``."""
+        return write.new_empty(self.dim, self.blocks + 1, self.batch, write.shape[1])
 
-    def take(self, x: Tensor, a: int, b: int) -> Tensor:
-        """Blocks a .. b-1, channels first: ``(D, (b - a) * B, C)``."""
-        blocks = x[:, a * self.block : b * self.block].unflatten(1, (b - a, self.block))  # (B, j, C, D)
-        return blocks.permute(3, 1, 0, 2).reshape(self.dim, -1, self.block)
+    def take(self, x: Tensor, c: slice, a: int, b: int) -> Tensor:
+        """The input of a stretch, channels first: ``(d, (b - a) * B, C)``."""
+        together = self._there(x, c, a, b).transpose(0, 1).contiguous()  # (j, B, C, d)
+        # What is left to do is to transpose a matrix, at which torch is fastest. A view would not do: unless each
+        # channel's matrix lies in one piece, torch multiplies the channels one after the other.
+        return together.flatten(0, 2).T.contiguous().unflatten(1, (-1, self.block))
 
-    def put(self, y: Tensor, a: int, b: int, values: Tensor) -> None:
+    def put(self, y: Tensor, c: slice, a: int, b: int, values: Tensor) -> None:
         """The reverse of `take`."""
-        there = y[:, a * self.block : b * self.block].unflatten(1, (b - a, self.block))
-        there.copy_(values.view(self.dim, b - a, self.batch, self.block).permute(2, 1, 3, 0))
+        self._there(y, c, a, b).copy_(values.unflatten(1, (b - a, self.batch)).permute(2, 1, 3, 0))
+
+    def _there(self, x: Tensor, c: slice, a: int, b: int) -> Tensor:
+        """``(B, j, C, d)``, a view."""
+        return x[:, a * self.block : b * self.block, c].unflatten(1, (b - a, self.block))
 
 
-def _rows(a: int, b: int, *states: Tensor | None) -> list[Tensor]:
-    """The states at blocks a .. b-1 as rows ``(D, (b - a) * B, N)``, of those that there are."""
-    return [each[:, a:b].flatten(1, 2) for each in states if each is not None]
+def _rows(states: Tensor, a: int, b: int) -> Tensor:
+    """The states at boundaries a .. b-1, ``(D, (b - a) * B, N)``."""
+    return states[:, a:b].flatten(1, 2)
 
 
-def _carry(
-    states: Tensor, a: int, b: int, written: Tensor, decay: Tensor, h: Tensor, *, reverse: bool = False
-) -> Tensor:
-    """Write into ``states`` the state h that enters each of the blocks a .. b-1; return the one after the last."""
-    written = written.view(states.shape[0], b - a, *states.shape[2:])
-    if decay.is_complex():
-        states, written, h = _pairs(states), _pairs(written), _pairs(h)
-    matrix = decay.mT if decay.dim() == 3 else None
-    for j in range(b - a - 1, -1, -1) if reverse else range(b - a):
-        states[:, a + j] = h
-        if matrix is None:
-            h = torch.addcmul(written[:, j], decay.unsqueeze(1), h)
+def _carry(states: Tensor, a: int, b: int, written: Tensor, decay: Tensor, *, back: bool = False) -> None:
+    """From the state at boundary a (back: b) and what blocks a .. b-1 write: the states at the boundaries after it."""
+    after = states[:, a:b] if back else states[:, a + 1 : b + 1]
+    after.copy_(written.view_as(after))
+    at = (_pairs(states) if decay.is_complex() else states)[:, a : b + 1].unbind(1)
+    matrix, factor = decay.mT, decay.unsqueeze(1)
+    for before, here in pairwise(at[::-1] if back else at):
+        if decay.dim() == 3:
+            here += before @ matrix
         else:
-            h = torch.baddbmm(written[:, j], h, matrix)
-    return torch.view_as_real(h).flatten(-2) if h.is_complex() else h
+            here.addcmul_(factor, before)
+
+
+def _adjoint(decay: Tensor) -> Tensor:
+    """What takes a state's gradient back over a block: the conjugate, or of a matrix the transpose."""
+    return decay.mT if decay.dim() == 3 else decay.conj().resolve_conj()
 
 
 def _pairs(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["good_length", "long_convolution", "long_convolution_direct", "working_dtype"]
+__all__ = ["circular_convolution", "good_length", "long_convolution", "long_convolution_direct", "working_dtype"]
 
 TILE = 128  # steps to turn at once on a CPU: a long sequence turned as a whole leaves the cache with every number
 
@@ -83,14 +83,27 @@ def long_convolution(u: Tensor, kernel: Tensor, *, reverse_kernel: Tensor | None
             # On a circle, lag -s is lag size - s: the future sits at the far end, lag 0 stays at 0.
             future = F.pad(reverse_kernel.to(dtype), (0, size - reverse_kernel.shape[1]))
             circle = circle + future.flip(-1).roll(1, -1)
-        u, dtype = u.to(dtype), u.dtype
-        if torch.is_grad_enabled() and (u.requires_grad or circle.requires_grad):
-            return _Convolution.apply(u, circle).to(dtype)
-        return _steps(_waves(u, size).mul_(torch.fft.rfft(circle)), size, length).to(dtype)  # (B, L, D)
+        return circular_convolution(u.to(dtype), circle).to(u.dtype)  # (B, L, D)
+
+
+def circular_convolution(u: Tensor, circle: Tensor) -> Tensor:
+    """Convolve on a circle of n points, where lag -s is lag n - s, and keep the points below L.
+
+    Args:
+        u: ``(B, L, D)``, L <= n; beyond L there is silence.
+        circle: ``(G, n)``, n even, of the dtype of u: G kernels, each for D / G neighbouring channels.
+
+    Returns:
+        ``(B, L, D)``; in memory, channels come first.
+    """
+    if torch.is_grad_enabled() and (u.requires_grad or circle.requires_grad):
+        return _Convolution.apply(u, circle)
+    size = circle.shape[1]
+    return _steps(_times(_waves(u, size), torch.fft.rfft(circle), in_place=True), size, u.shape[1])
 
 
 class _Convolution(torch.autograd.Function):
-    """``u (B, L, D)`` and ``circle (D, n)`` to ``(B, L, D)``: autograd's result, with fewer transforms and passes.
+    """Autograd's result, with fewer transforms and passes.
 
     Autograd takes a real transform back by a complex one, at twice the price, and turns the channels slowly. Here the
     gradients are real transforms too: the convolution's adjoint is a correlation, which conjugates one spectrum.
@@ -99,7 +112,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, circle: Tensor) -> Tensor:
         spectrum, waves = _waves(u, circle.shape[1]), torch.fft.rfft(circle)
-        y = _steps(spectrum * waves, circle.shape[1], u.shape[1])
+        y = _steps(_times(spectrum, waves), circle.shape[1], u.shape[1])
         ctx.save_for_backward(u, circle, spectrum.conj_physical_(), waves.conj_physical_())
         return y
 
@@ -110,13 +123,15 @@ class _Convolution(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants to differentiate this gradient: its spectra must know their origin
             spectrum, waves = _waves(u, size).conj(), torch.fft.rfft(circle).conj()
         heard = _waves(grad, size)
-        of_u = _steps(heard * waves, size, length) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return of_u, None
-        together = torch.zeros_like(waves)  # (D, n/2 + 1)
-        for one, other in zip(spectrum, heard, strict=True):  # sequence by sequence: no tensor as large as all of them
-            together = together.addcmul_(one, other)
-        return of_u, torch.fft.irfft(together, n=size)
+        of_circle = None
+        if ctx.needs_input_grad[1]:
+            together = torch.zeros_like(spectrum[0])  # (D, n/2 + 1)
+            for one, other in zip(spectrum, heard, strict=True):  # one by one: no tensor as large as all of them
+                together = together.addcmul_(one, other)
+            of_circle = torch.fft.irfft(together.unflatten(0, (len(circle), -1)).sum(1), n=size)
+        if not ctx.needs_input_grad[0]:
+            return None, of_circle
+        return _steps(_times(heard, waves, in_place=not torch.is_grad_enabled()), size, length), of_circle
 
 
 def _waves(u: Tensor, size: int) -> Tensor:
@@ -130,6 +145,12 @@ def _waves(u: Tensor, size: int) -> Tensor:
     for t in range(0, length, tile):
         rows[..., t : min(t + tile, length)] = u[:, t : t + tile].mT
     return torch.fft.rfft(rows)
+
+
+def _times(spectrum: Tensor, waves: Tensor, in_place: bool = False) -> Tensor:
+    """``(B, D, n/2 + 1)`` times ``(G, n/2 + 1)``, each for D / G channels."""
+    grouped, waves = spectrum.unflatten(1, (len(waves), -1)), waves.unsqueeze(1)
+    return (grouped.mul_(waves) if in_place else grouped * waves).flatten(1, 2)
 
 
 def _steps(spectrum: Tensor, size: int, length: int) -> Tensor:

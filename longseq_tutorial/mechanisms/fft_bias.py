@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fft import good_length, working_dtype
+from .fft import circular_convolution, good_length, working_dtype
 
 __all__ = [
     "FastRPB",
@@ -99,7 +99,7 @@ def toeplitz_product(lags: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         TypeError: if v is not floating point.
     """
     _check(lags, v, 1)
-    return _product(_past_only(lags) if causal else lags, v)
+    return _sequence_product(_past_only(lags) if causal else lags, v)
 
 
 def toeplitz_product_2d(lags: Tensor, v: Tensor, lags_y: Tensor | None = None) -> Tensor:
@@ -117,7 +117,7 @@ def toeplitz_product_2d(lags: Tensor, v: Tensor, lags_y: Tensor | None = None) -
     """
     lags_y = _second_axis(lags, v, lags_y)
     wide = v.to(working_dtype(lags, lags_y, v))  # sums over a whole row want more than half precision
-    rows, columns = _product(lags, wide.sum(2)), _product(lags_y, wide.sum(1))  # (B, X, H, d), (B, Y, H, d)
+    rows, columns = _sequence_product(lags, wide.sum(2)), _sequence_product(lags_y, wide.sum(1))  # (B, X or Y, H, d)
     return (rows[:, :, None] + columns[:, None]).to(v.dtype)
 
 
@@ -135,30 +135,37 @@ def toeplitz_product_2d_full(lags: Tensor, v: Tensor) -> Tensor:
         ``(B, X, Y, H, d)`` in the dtype of v.
     """
     _check(lags, v, 2)
-    return _product(lags, v)
-
-
-def _product(lags: Tensor, v: Tensor) -> Tensor:
-    """The fast product on a grid of one or two axes: lags ``(H, 2n-1, ..)`` and v ``(B, n, .., H, d)``."""
-    grid = v.shape[1:-2]
-    axes = tuple(range(-len(grid), 0))  # the last ones: an FFT is fastest along neighbouring numbers
-    size = [good_length(2 * n - 1) for n in grid]  # so long that nothing wraps around
-    dtype = working_dtype(lags, v)
+    grid = v.shape[1:3]
+    size = [good_length(2 * n - 1) for n in grid]
     with torch.autocast(v.device.type, enabled=False):
-        # A circle of `size` points: offset 0 comes first, and offset -s lies s steps before the end.
-        room = [zeros for n, points in zip(grid, size, strict=True) for zeros in (points - 2 * n + 1, 0)]
-        circle = F.pad(lags.to(dtype), room[::-1]).roll([1 - n for n in grid], axes)  # (H, *size); pad: last axis first
-        spectrum = torch.fft.rfftn(circle, dim=axes).unsqueeze(1)  # (H, 1, ..): one for every sequence and channel
-        rows = v.to(dtype).movedim((-2, -1), (1, 2))  # (B, H, d, *grid)
-        inside = (..., *(slice(n) for n in grid))  # drops what ran over the end
+        torus = _circle(lags, size, working_dtype(lags, v))
+        spectrum = torch.fft.rfft2(torus).unsqueeze(1)  # (H, 1, ..): one for every sequence and channel
+        rows = v.to(torus.dtype).movedim((-2, -1), (1, 2))  # (B, H, d, X, Y)
         heads = v.shape[-2]
-        if v.device.type == "cpu":  # long sequences a few heads at a time: nearer to the caches, less memory
+        if v.device.type == "cpu":  # large images a few heads at a time: nearer to the caches, less memory
             heads = max(1, PIECE * heads // max(1, v.numel()))
         y = [
-            torch.fft.irfftn(torch.fft.rfftn(some, s=size, dim=axes) * waves, s=size, dim=axes)[inside]
+            torch.fft.irfft2(torch.fft.rfft2(some, s=size) * waves, s=size)[..., : grid[0], : grid[1]]
             for some, waves in zip(rows.split(heads, dim=1), spectrum.split(heads), strict=True)
         ]
-        return torch.cat(y, dim=1).movedim((1, 2), (-2, -1)).to(v.dtype)  # (B, *grid, H, d)
+        return torch.cat(y, dim=1).movedim((1, 2), (-2, -1)).to(v.dtype)
+
+
+def _sequence_product(lags: Tensor, v: Tensor) -> Tensor:
+    """The fast product along one axis: lags ``(H, 2L-1)`` and v ``(B, L, H, d)``."""
+    size = good_length(2 * v.shape[1] - 1)  # so long that nothing wraps around
+    with torch.autocast(v.device.type, enabled=False):
+        circle = _circle(lags, [size], working_dtype(lags, v))
+        y = circular_convolution(v.flatten(2).to(circle.dtype), circle)  # (B, L, H * d): a kernel for d neighbours
+        return y.unflatten(2, v.shape[2:]).to(v.dtype)
+
+
+def _circle(lags: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+    """Lags ``(H, 2n-1, ..)`` on circles of ``size`` points: offset 0 comes first, -s lies s steps before the end."""
+    offsets = lags.shape[1:]
+    room = [zeros for most, points in zip(offsets, size, strict=True) for zeros in (points - most, 0)]
+    padded = F.pad(lags.to(dtype), room[::-1])  # wants the last axis first
+    return padded.roll([-(most // 2) for most in offsets], tuple(range(1, lags.dim())))
 
 
 def _past_only(lags: Tensor) -> Tensor:

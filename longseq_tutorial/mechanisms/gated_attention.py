@@ -9,9 +9,9 @@ have any leading axes: ``(..., L, z)`` and ``(..., L, v)``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ LAPLACE_STD = 0.282095
 
 FUNCTIONS = ("softmax", "laplace", "relu2")
 TILE = 2**18  # scores worked on at once: 1 MiB in float32, half of a common second-level cache
+ROWS = 256  # but at least so many queries: thinner matrix products are slow
 BiasRows = Callable[[int, int], Tensor]  # the rows first .. last-1 of a bias, (last - first, L)
 
 
@@ -140,15 +141,12 @@ def _weights(
     """See :func:`attention_weights`; visible ``(..., 1 or L, K)`` are real keys, past ``(L, K)`` those not ahead."""
     scores = q @ k.transpose(-1, -2)  # (..., L, K)
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    if past is not None:
-        visible = past if visible is None else visible & past  # (..., L, L)
+    visible = _in_sight(visible, past, function)  # (..., 1 or L, K)
 
     if function == "softmax":
         wide = wide / math.sqrt(q.shape[-1])
         wide = wide if bias is None else wide + bias
         if visible is not None:
-            everything = ~visible.any(-1, keepdim=True)  # rows with nothing real in sight: drop the padding mask
-            visible = visible | (everything if past is None else everything & past)
             wide = wide.masked_fill(~visible, -torch.inf)
         return torch.softmax(wide, dim=-1).to(q.dtype)
 
@@ -161,6 +159,18 @@ def _weights(
     if visible is not None:
         weights = weights.masked_fill(~visible, 0.0)
     return weights.to(q.dtype)
+
+
+def _in_sight(visible: Tensor | None, past: Tensor | None, function: str) -> Tensor | None:
+    """Which pairs count; under softmax, rows with nothing real in sight drop the padding mask."""
+    if visible is None or past is None:
+        both = past if visible is None else visible
+    else:
+        both = visible & past
+    if visible is None or both is None or function != "softmax":
+        return both
+    everything = ~both.any(-1, keepdim=True)
+    return both | (everything if past is None else everything & past)
 
 
 def attend(
@@ -176,6 +186,8 @@ def attend(
 ) -> Tensor:
     """Full attention with matrix products: ``attention_weights(q, k) @ v``.
 
+    On a CPU the functions that are not softmax take :class:`_Tiles`, which computes just that with less traffic.
+
     Args:
         q, k, function, bias, mask, causal: see :func:`attention_weights`.
         v: ``(..., L, v)``.
@@ -185,6 +197,8 @@ def attend(
         ``(..., L, v)``.
     """
     _check(q, k, v, function, bias, mask)
+    if on_weights is None and function != "softmax" and _in_place(q, k, v, bias):
+        return _written_out(q, k, v, function, bias, mask, causal)
     weights = attention_weights(q, k, function=function, bias=bias, mask=mask, causal=causal)
     return (weights if on_weights is None else on_weights(weights)) @ v
 
@@ -200,11 +214,11 @@ def attend_in_tiles(
     causal: bool = False,
     on_weights: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The same as :func:`attend`, a few queries at a time: time still grows like ``L**2``, memory only like L.
+    """The same as :func:`attend`, a tile of queries at a time: time still grows like ``L**2``, memory only like L.
 
     A tile of scores is made, used and forgotten while it is in the processor's cache; the backward pass makes it once
-    more. Softmax without a bias is torch's own fused call, which works like this, with zeros that make queries and
-    values equally wide where its fast kernel wants them so.
+    more. Softmax without a bias, where queries and values are equally wide, is torch's own fused call, which works like
+    this too; with zeros that make them equally wide on a GPU.
 
     Args:
         bias: as in :func:`attend`, or a function ``(first, last) -> (last - first, L)`` that gives some rows of it, so
@@ -217,8 +231,12 @@ def attend_in_tiles(
         square = bias(0, length) if callable(bias) else bias
         return attend(q, k, v, function=function, bias=square, mask=mask, causal=causal, on_weights=on_weights)
     _check(q, k, v, function, None if callable(bias) else bias, mask)
-    if function == "softmax" and bias is None and (mask is None or not causal):
+    # To make queries as wide as the values, as the fused kernel wants it, costs more on a CPU than the kernel saves.
+    alike = q.shape[-1] == v.shape[-1] or q.device.type != "cpu"
+    if function == "softmax" and bias is None and (mask is None or not causal) and alike:
         return _fused(q, k, v, mask, causal)
+    if not callable(bias) and _in_place(q, k, v, bias):
+        return _written_out(q, k, v, function, bias, mask, causal)
 
     def tile(first: int, last: int) -> Tensor:
         keys = last if causal else length  # keys in sight of these queries
@@ -231,6 +249,151 @@ def attend_in_tiles(
     if not torch.is_grad_enabled():
         return torch.cat([tile(*b) for b in bounds], dim=-2)
     return torch.cat([checkpoint(tile, *b, use_reentrant=False, preserve_rng_state=False) for b in bounds], dim=-2)
+
+
+# ---- tiles with a written backward pass ------------------------------------------------------------------------
+
+
+def _in_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Whether :class:`_Tiles` can do it: on a CPU, in one dtype that needs no rounding, one bias for all."""
+    kind = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.float64)
+    shared = bias is None or bias.numel() == q.shape[-2] * k.shape[-2]
+    return kind and shared and q.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, function: str, bias: Tensor | None, mask: Tensor | None, causal: bool
+) -> Tensor:
+    """:func:`attend` by :class:`_Tiles`: all leading axes as one."""
+    length, keys = q.shape[-2], k.shape[-2]
+    if bias is not None:
+        bias = bias.reshape(length, keys).to(q.dtype)
+    if mask is not None:
+        mask = (
+            _each_pair(mask, q).expand(*q.shape[:-2], -1, -1).reshape(-1, length if mask.dim() == q.dim() else 1, keys)
+        )
+    flat = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
+    return _Tiles.apply(*flat, bias, mask, function, causal).view(*q.shape[:-1], v.shape[-1])
+
+
+class _Tiles(torch.autograd.Function):
+    """Attention of n sequences: several short ones at a time, or some queries of a long one.
+
+    q ``(n, L, z)``, k ``(n, K, z)``, v ``(n, K, v)``, bias ``(L, K)``, mask ``(n, 1 or L, K)``. Nothing of size L * K
+    is kept: backward makes each tile once more. Everything happens in two tiles of memory, since new memory costs more
+    than the arithmetic. With W the weights, f the function of the scores S, and c the count that divides them::
+
+        dV = W^T dY      dW = dY V^T      dS = dW f'(S)      dQ = dS K / c      dK = dS^T Q / c
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        function: str,
+        causal: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias, mask)
+        ctx.how = function, causal
+        y = v.new_empty(*q.shape[:2], v.shape[-1])
+        for at in _tiles(q, k, causal):
+            torch.bmm(_weigh(q, k, bias, mask, function, at).weights, v[at.some, at.keys], out=y[at.some, at.rows])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask = ctx.saved_tensors
+        function, causal = ctx.how
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        for at in _tiles(q, k, causal):
+            tile = _weigh(q, k, bias, mask, function, at)
+            some, rows, keys = at.some, at.rows, at.keys
+            if rows.start == 0:  # what this tile does not write, the next ones add to
+                dk[some, keys.stop :], dv[some, keys.stop :] = 0, 0
+            add = int(rows.start > 0)
+            dv[some, keys].baddbmm_(tile.weights.mT, dy[some, rows], beta=add)
+            d_scores = _through(function, tile, torch.bmm(dy[some, rows], v[some, keys].mT, out=tile.free))
+            if d_bias is not None:
+                d_bias[rows, keys] += d_scores.sum(0)
+            dk[some, keys].baddbmm_(d_scores.mT, tile.scaled, beta=add)
+            dq[some, rows] = torch.bmm(d_scores, k[some, keys]).div_(tile.divisor)
+        return dq, dk, dv, d_bias, None, None, None
+
+
+class _Where(NamedTuple):
+    """Some sequences, some of their queries and the keys in sight; past, if only the past is; memory for two tiles."""
+
+    some: slice
+    rows: slice
+    keys: slice
+    past: Tensor | None
+    memory: list[Tensor]
+
+
+class _Weighed(NamedTuple):
+    weights: Tensor
+    kept: Tensor  # what the slope of the function is read from
+    free: Tensor  # memory to write on, once the weights are used
+    scaled: Tensor  # the queries, divided by the count
+    divisor: Tensor | float  # the count
+
+
+def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Where]:
+    """Whole sequences as long as they are short, else rows of one."""
+    (n, length), keys = q.shape[:2], k.shape[1]
+    many, most = max(1, min(n, TILE // (length * keys))), min(length, max(ROWS, TILE // keys))
+    memory = [q.new_empty(many * most * keys) for _ in range(2)]
+    for b in range(0, n, many):
+        for first in range(0, length, most):
+            some, rows = slice(b, min(b + many, n)), slice(first, min(first + most, length))
+            seen = rows.stop if causal else keys
+            shape = some.stop - b, rows.stop - first, seen
+            past = torch.ones(shape[1:], dtype=torch.bool).tril(first) if causal else None
+            yield _Where(some, rows, slice(0, seen), past, [m[: math.prod(shape)].view(shape) for m in memory])
+
+
+def _weigh(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, function: str, at: _Where) -> _Weighed:
+    """The weights of one tile, as in :func:`_weights`."""
+    visible = None if mask is None else mask[at.some, at.rows if mask.shape[1] > 1 else slice(None), at.keys]
+    visible = _in_sight(visible, at.past, function)
+    count: Tensor | float = k.shape[1]
+    if function == "softmax":
+        count = math.sqrt(q.shape[-1])
+    elif visible is not None:
+        count = visible.sum(-1, keepdim=True).clamp(min=1)
+    scaled, keys, (scores, other) = q[at.some, at.rows] / count, k[at.some, at.keys].mT, at.memory
+    if bias is None:
+        torch.bmm(scaled, keys, out=scores)
+    else:
+        torch.baddbmm(bias[at.rows, at.keys], scaled, keys, out=scores)
+    if visible is not None:
+        scores.masked_fill_(~visible, -torch.inf)  # where all three functions are 0, and flat
+    if function == "softmax":
+        weights = torch.softmax(scores, dim=-1, out=other)
+        return _Weighed(weights, weights, scores, scaled, count)
+    if function == "laplace":
+        scores.sub_(LAPLACE_MEAN).mul_(1 / (LAPLACE_STD * math.sqrt(2)))
+        weights = torch.erf(scores, out=other).add_(1).mul_(0.5)
+    else:
+        weights = torch.square(scores.relu_(), out=other)
+    return _Weighed(weights, scores, weights, scaled, count)
+
+
+def _through(function: str, tile: _Weighed, d_weights: Tensor) -> Tensor:
+    """The gradient of the scores from that of the weights; both are overwritten."""
+    if function == "softmax":
+        d_weights.sub_(torch.einsum("nij,nij->ni", d_weights, tile.weights).unsqueeze(-1))
+        return d_weights.mul_(tile.weights)
+    if function == "laplace":
+        slope = tile.kept.square_().neg_().exp_().mul_(1 / (LAPLACE_STD * math.sqrt(2 * math.pi)))
+        return d_weights.mul_(slope)
+    return d_weights.mul_(tile.kept.mul_(2))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -459,7 +622,9 @@ class GatedAttention(nn.Module):
 
     def _split(self, smooth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         widths = [self.dim, self.z_dim, self.v_dim, self.dim]
-        u, z, r, candidate = self.mx_proj(smooth).split(widths, dim=-1)
+        # A product for each: one for all, cut apart, would have to be pieced together again in the backward pass.
+        parts = zip(self.mx_proj.weight.split(widths), self.mx_proj.bias.split(widths), strict=True)
+        u, z, r, candidate = (F.linear(smooth, weight, bias) for weight, bias in parts)
         shared = F.silu(z)  # (B, L, z)
         q, k = (shared * self.kappa[i] + self.mu[i] for i in (0, 1))
         return self.update_gate(torch.sigmoid(u)), q, k, self.reset_gate(F.silu(r)), candidate

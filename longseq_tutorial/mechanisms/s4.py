@@ -23,6 +23,7 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import Tables, block_recurrence
@@ -347,9 +348,15 @@ def tilde_from_c(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int) 
 def s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, block: int) -> Tables:
     """What full S4 does in a block of steps: see :class:`~longseq_tutorial.mechanisms.blocks.Tables`.
 
-    Within a block no Cauchy kernel is needed: a few powers of the small matrix ``Abar`` are enough, each the square of
-    the one before; in double precision, since every squaring doubles the errors of phase. The state is kept as N real
-    numbers, real parts first. C is the true one.
+    Within a block no Cauchy kernel is needed: powers of the small matrix ``Abar`` are enough, and they come cheaply.
+    With ``Abar = diag(m) - column row``, expanding one factor at a time from the left gives
+
+        ``Abar**n = diag(m**n) - sum over t < n of (m**(n-1-t) column) (row Abar**t)``
+
+    a diagonal and a product of two thin matrices, made of rows that are at hand: what is read with ``row`` after
+    0, 1, .. n-1 steps. Each power doubles the rows (and columns) known, which give the power of twice the exponent.
+    Never is a matrix squared, which would double its errors of phase: single precision is enough for all but m**n. The
+    state is kept as N real numbers, real parts first. C is the true one.
     """
     return _s4_tables(Lambda, P, B, [C], dt, block)[0]
 
@@ -358,37 +365,54 @@ def _s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, Cs: Sequence[Tensor], dt: T
     """The tables of several systems that differ in C only, R of them: the powers of ``Abar`` serve all."""
     _check(Lambda, P, B, *Cs, dt=dt, length=block)
     dtype = working_dtype(Lambda, P, B, *Cs, dt)
+    narrow = torch.complex128 if dtype == torch.float64 else torch.complex64
     with torch.autocast(B.device.type, enabled=False):
-        Abar, push = _real_dense(Lambda, P, B, dt)
-        now = torch.stack([_reading(2 * C.to(torch.complex128)) for C in Cs], dim=1)  # (D, R, N): y = now . x
-        power, write = Abar, push.unsqueeze(-1).to(dtype)  # Abar, Bbar
-        read = (now @ Abar).to(dtype)  # C Abar: (D, R, N), and soon R rows for each step, (D, C R, N)
-        while write.shape[2] < block:
-            ahead = power.to(dtype)  # Abar**columns
-            write = torch.cat([write, ahead @ write], dim=2)
-            read = torch.cat([read, read @ ahead], dim=1)
-            power = power @ power
-        if write.shape[2] > block:  # not a power of two
-            write, power = write[..., :block], torch.linalg.matrix_power(Abar, block)
-        kernel, write, power = now.to(dtype) @ write, write.flip(-1), power.to(dtype)  # kernel (D, R, C)
-        read = read[:, : block * len(Cs)].unflatten(1, (block, -1))  # (D, C, R, N)
-        return [Tables(kernel[:, r], read[:, :, r], write, power) for r in range(len(Cs))]
+        dt, (Lambda, P, B, *Cs) = dt.double(), (v.to(torch.complex128) for v in (Lambda, P, B, *Cs))
+        inverse, column, row = _half_step(Lambda, P, dt)
+        m, column = 2 * inverse - 1, 4 * column  # Abar = 2 (1 - dt A/2)^-1 - 1, and Bbar = dt/2 (1 + Abar) B
+        push = dt.unsqueeze(-1) / 2 * (B + m * B - column * (row * B).sum(-1, keepdim=True).real)
+        ahead = [2 * (C * m - (C * column).sum(-1, keepdim=True).real * row) for C in Cs]  # C Abar
+        now = torch.stack([_reading(2 * C) for C in Cs], dim=1).to(dtype)  # (D, R, N): y = now . x
+        rows = torch.stack([_reading(c) for c in (*ahead, row)], dim=1).to(dtype)  # R + 1 rows for each step
+        write = torch.cat([push.real, push.imag], dim=-1).unsqueeze(-1).to(dtype)  # (D, N, n): Bbar, Abar Bbar, ..
+        fading = column.unsqueeze(-1).to(narrow)  # (D, N/2, n): .., m column, column
+
+        def power(decay: Tensor, n: int) -> Tensor:
+            """``Abar**n (D, N, N)`` from ``decay = m**n`` and the n rows and columns known."""
+            columns = torch.cat([fading.real[..., -n:], fading.imag[..., -n:]], dim=1)
+            return torch.baddbmm(_turn(decay.to(narrow)), columns, rows[:, len(Cs) :: len(Cs) + 1][:, :n], alpha=-1)
+
+        n, decay = 1, m
+        while n < block:
+            further = power(decay, n)
+            write = torch.cat([write, further @ write], dim=2)
+            rows = torch.cat([rows, rows @ further], dim=1)
+            fading = torch.cat([decay.to(narrow).unsqueeze(-1) * fading, fading], dim=2)
+            n, decay = 2 * n, decay * decay
+        if n > block:  # not a power of two
+            write, decay = write[..., :block], m.unsqueeze(-1).expand(-1, -1, block).prod(-1)
+        kernel, whole = now @ write, power(decay, block)  # kernel (D, R, C)
+        read = rows[:, : block * (len(Cs) + 1)].unflatten(1, (block, -1))  # (D, C, R + 1, N)
+        return [Tables(kernel[:, r], read[:, :, r], write.flip(-1), whole) for r in range(len(Cs))]
 
 
 def _real_dense(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     """The sampled DPLR system over real numbers, float64: ``Abar (D, N, N)``, ``Bbar (D, N)``.
 
     ``Abar = 2 (1 - dt A/2)^-1 - 1`` is what `_half_step` says, and ``Bbar = dt/2 (Abar + 1) B``: no system of equations
-    to solve. A pair z is written as (Re z, Im z); times m that is a real matrix, ``[[Re m, -Im m], [Im m, Re m]]``.
+    to solve. A pair z is written as (Re z, Im z).
     """
     Lambda, P, B, dt = *(v.to(torch.complex128) for v in (Lambda, P, B)), dt.double()
     inverse, column, row = _half_step(Lambda, P, dt)
-    m, h = 2 * inverse - 1, Lambda.shape[-1]
-    turn = torch.diag_embed(m.imag, -h) - torch.diag_embed(m.imag, h)
-    Abar = torch.diag_embed(torch.cat([m.real, m.real], dim=-1)) + turn
     column, b = (torch.cat([v.real, v.imag], dim=-1).unsqueeze(-1) for v in (4 * column, B))
-    Abar = Abar - column * _reading(row).unsqueeze(-2)
+    Abar = _turn(2 * inverse - 1) - column * _reading(row).unsqueeze(-2)
     return Abar, (dt[:, None, None] / 2 * (b + Abar @ b)).squeeze(-1)
+
+
+def _turn(m: Tensor) -> Tensor:
+    """What multiplies each pair z, written as (Re z, Im z), by its m ``(D, h)``: ``[[Re m, -Im m], [Im m, Re m]]``."""
+    quarters = torch.stack([m.real, -m.imag, m.imag, m.real], dim=1).unflatten(1, (2, 2))  # (D, 2, 2, h)
+    return torch.diag_embed(quarters, dim1=2, dim2=4).flatten(3).flatten(1, 2)  # (D, N, N)
 
 
 def _reading(c: Tensor) -> Tensor:
@@ -501,10 +525,16 @@ class _StateSpace(nn.Module):
             self.kernel(u.shape[1])  # somebody is recording: show the kernel, which blocks can do without
         *shared, C, dt = self.system()
         tables = cache(partial(self._tables, *shared, C.split(self.dim), dt))  # block -> those of each direction
-        there, back = (lambda block: tables(block)[0]), (lambda block: tables(block)[-1])
+        skip = self.skip.to(dt.dtype) if mask is None else torch.zeros_like(dt)  # in the kernel it costs nothing
+
+        def there(block: int) -> Tables:
+            first = tables(block)[0]
+            return first._replace(kernel=first.kernel + F.pad(skip.unsqueeze(1), (0, block - 1)))
+
+        back = (lambda block: tables(block)[-1]) if self.bidirectional else None
         with torch.autocast(u.device.type, enabled=False):
-            y, _ = block_recurrence(heard.to(working_dtype(u, C)), there, back if self.bidirectional else None)
-        return y.to(u.dtype) + self.skip.to(u.dtype) * u
+            y, _ = block_recurrence(heard.to(working_dtype(u, C)), there, back)
+        return y.to(u.dtype) if mask is None else y.to(u.dtype) + self.skip.to(u.dtype) * u
 
     def initial_state(self, batch: int) -> Tensor:
         """The state ``(batch, D, N/2)`` before the first step: complex zeros. Its size is the same for any length."""

@@ -23,13 +23,13 @@ Letters: B batch, H heads, L length, S codes, k and v widths of keys and values,
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .fft import working_dtype
 
@@ -120,19 +120,9 @@ def _sums(v: Tensor, index: Tensor, bins: int, real: Tensor | None) -> tuple[Ten
     return sums.view(batch, heads, bins, width), numbers.view(batch, heads, bins)
 
 
-def _running(x: Tensor, backwards: bool) -> Tensor:
-    """Cumulative sums along axis 2, block by block; ``cumsum`` is many times slower along any axis but the last."""
-    total, parts = torch.zeros_like(x[:, :, 0]), []
-    for part in x.unbind(2)[:: -1 if backwards else 1]:
-        total = total + part
-        parts.append(total)
-    return torch.stack(parts[:: -1 if backwards else 1], dim=2)
-
-
-def _mean_and_log(sums: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean value and log number of each bin. An empty bin is never seen: clamping alone would leave it one key."""
-    mean = sums / numbers.clamp(min=1).unsqueeze(-1)
-    return mean, torch.where(numbers > 0, numbers.clamp(min=1).log(), NEVER)
+def _log(numbers: Tensor) -> Tensor:
+    """The log of how many keys bear a name. An unused code is never seen: clamping alone would leave it one key."""
+    return torch.where(numbers > 0, numbers.clamp(min=1).log(), NEVER)
 
 
 # ---- attention: the slow form ----------------------------------------------------------------------------------------
@@ -156,10 +146,14 @@ def vq_attention_quadratic(
     """
     _check(q, k, v, codebook, mask, window, bias)
     with torch.autocast(q.device.type, enabled=False):
-        x = _Ready.of(q, k, v, codebook, nearest_code(k, codebook), mask, bias, exact_window, window > 0)
+        x = _Ready.of(q, k, v, codebook, nearest_code(k, codebook), mask, bias)
         position = torch.arange(q.shape[2], device=q.device)
         offset = position[:, None] - position  # i - j, (L, L)
-        scores = _window_scores(x.q @ x.k_hat.mT, x.q, x.near, offset, window, x.bias)  # (B, H, L, L)
+        inside = (offset.abs() <= window) & (window > 0 or exact_window or bias is not None)
+        near, far = (x.q @ keys.mT for keys in (x.keys(exact_window), codewords(x.codebook, x.z)))
+        if x.bias is not None:
+            near = near + x.bias[..., offset.clamp(-window, window) + window]
+        scores = torch.where(inside, near, far)  # (B, H, L, L)
         visible = offset >= 0 if causal else torch.ones_like(offset, dtype=torch.bool)
         if mask is not None:
             visible = visible & mask[:, None, None, :]
@@ -208,8 +202,8 @@ def vq_attention(
     Without window and not causal, one fused attention over S mean values does it, with the log of each code's number
     added to its score. Otherwise, blocks of c queries: they see the ``c + 2w`` keys around them (causal: ``c + w``)
     one by one and all others through sums over the codes, cumulated from the left and from the right: nothing is ever
-    subtracted, so nothing cancels. Costs ``L * (S + c + 2w)``; memory stays linear in L, since blocks are worked
-    through a few at a time, and worked through again for the gradient.
+    subtracted, so nothing cancels. Costs ``L * (S + c + 2w)``; memory stays linear in L, since one block is worked
+    through at a time, and worked through again for the gradient (which has no gradient of its own).
     """
     _check(q, k, v, codebook, mask, window, bias, codes)
     if block is not None and block < 1:
@@ -218,76 +212,195 @@ def vq_attention(
     bias = None if bias is None else bias[:, wide - window : wide + window + 1]
     with torch.autocast(q.device.type, enabled=False):
         z = nearest_code(k, codebook) if codes is None else codes
-        x = _Ready.of(q, k, v, codebook, z, mask, bias, exact_window, window > 0)
-        by_position = causal or x.near is not None or bias is not None
-        y = _in_blocks(x, causal, window, block) if by_position else _over_codes(x)
+        x = _Ready.of(q, k, v, codebook, z, mask, bias)
+        by_position = causal or exact_window or bias is not None or (window > 0 and k.requires_grad)
+        y = _in_blocks(x, causal, window, exact_window, block) if by_position else _over_codes(x)
         return _blank_unseeing(y, mask, causal).to(v.dtype)
 
 
 def _over_codes(x: "_Ready") -> Tensor:
     """Every query sees every key: one attention over S codes, each with its keys' mean value and log number."""
-    mean, log_number = _mean_and_log(*code_sums(x.v, x.z, x.codebook.shape[1], x.mask))
+    sums, numbers = code_sums(x.v, x.z, x.codebook.shape[1], x.mask)
+    mean = sums / numbers.clamp(min=1).unsqueeze(-1)
+    q = x.q + 0 * x.k if x.k.requires_grad else x.q  # changes nothing: k gets a gradient of zeros instead of none
     # The log number belongs inside the maximum that softmax subtracts: so empty codes, however large their score, do
     # not push all others below the smallest float. Zeros that even out the widths let the fused kernel run on a CPU.
     width, value_width = max(x.q.shape[-1], x.v.shape[-1]), x.v.shape[-1]
     keys = x.codebook.expand(len(x.q), -1, -1, -1)  # (B, H, S, k)
-    q, keys, values = (F.pad(t, (0, width - t.shape[-1])) for t in (x.q, keys, mean))
-    scores_bias = log_number.unsqueeze(2).expand(-1, -1, q.shape[2], -1)  # (B, H, L, S), a view
+    q, keys, values = (F.pad(t, (0, width - t.shape[-1])) for t in (q, keys, mean))
+    scores_bias = _log(numbers).unsqueeze(2).expand(-1, -1, q.shape[2], -1)  # (B, H, L, S), a view
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=scores_bias, scale=1.0)[..., :value_width]
 
 
-def _in_blocks(x: "_Ready", causal: bool, window: int, block: int | None) -> Tensor:
+def _in_blocks(x: "_Ready", causal: bool, window: int, exact_window: bool, block: int | None) -> Tensor:
     """Blocks of c queries; block m sees keys ``m*c - w .. (m+1)*c - 1 (+ w)`` one by one, the others through codes."""
     batch, heads, length, _ = x.q.shape
     codes = x.codebook.shape[1]
-    c = min(length, max(32, codes // 2)) if block is None else min(block, length)
-    blocks = -(-length // c)
-    after = 0 if causal else window
-    width = window + c + after
-    position = torch.arange(length, device=x.q.device)
-    bias = None if x.bias is None else x.bias.unsqueeze(1)  # (H, 1, 2w + 1): the same in every block
+    c = min(length, max(32, codes // 2) if block is None else block)
+    # What an offset i - j adds to its score, laid out for row i and column j of a block: (H, c, width).
+    bias = x.v.new_zeros(heads, 2 * window + 1) if x.bias is None else x.bias
+    by_offset = F.pad(bias[:, window:] if causal else bias, (0, c - 1))
+    by_offset = F.pad(by_offset, (c - 1, 0), value=NEVER if causal else 0)
+    added = by_offset.unfold(-1, by_offset.shape[-1] - c + 1, 1).flip(-1)
+    inside = None  # the window, of the same width
+    if window > 0 or exact_window or x.bias is not None:
+        offset = window + torch.arange(c, device=x.q.device)[:, None] - torch.arange(added.shape[-1], device=x.q.device)
+        inside = offset.abs() <= window
+    hidden = None if x.mask is None else torch.where(x.mask, x.v.new_zeros(()), NEVER).repeat_interleave(heads, dim=0)
+    first = torch.arange(batch * heads, device=x.z.device).view(batch, heads, 1) * codes  # codes of one's own for each
+    q, k, v, z = (t.flatten(0, 1) for t in (x.q, x.k, x.v, x.z + first))  # (B H, L, ..)
+    codebook = x.codebook.expand(batch, -1, -1, -1).flatten(0, 1)  # (B H, S, k)
+    k_hat = F.embedding(z, codebook.flatten(0, 1))
+    walk = _Walk(length, c, window, None if causal else window, exact_window)
+    return _Blocks.apply(walk, v, z, q, k, k_hat, codebook, added, hidden, inside).unflatten(0, (batch, heads))
 
-    def far(which: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
-        """Sums over codes for each block, of all keys far from it; ``which (L,)``: the first such block for each key,
-        from where its sum is carried on (``backwards``: the last one, and on towards the first)."""
-        wanted = (which >= 0) & (which < blocks)
-        index = torch.where(wanted, which, 0) * codes + x.z  # (B, H, L)
-        real = (wanted if x.mask is None else (wanted & x.mask)[:, None]).expand_as(x.z)
-        sums, numbers = _sums(x.v, index, blocks * codes, real)
-        return _running(sums.unflatten(2, (blocks, codes)), backwards), _running(
-            numbers.unflatten(2, (blocks, codes)), backwards
-        )
 
-    sums, numbers = far((position + window) // c + 1)  # what lies before the window of a block
-    if not causal:  # and what lies after it
-        later = far(torch.div(position - window, c, rounding_mode="floor") - 1, backwards=True)
-        sums, numbers = sums + later[0], numbers + later[1]
-    mean, log_number = _mean_and_log(sums, numbers)  # (B, H, n, S, v), (B, H, n, S)
+@dataclass(frozen=True)
+class _Walk:
+    """Which of L keys a block of c queries sees one by one, and which it is the first to see through their codes."""
 
-    def around(t: Tensor) -> Tensor:
-        """The keys near each block, ``(B, H, L, d) -> (B, H, n, width, d)``: overlapping, zeros beyond the ends."""
-        return F.pad(t, (0, 0, window, blocks * c - length + after)).unfold(2, width, c).mT
+    length: int
+    block: int
+    before: int  # how far the window reaches
+    after: int | None  # None: nothing after the query is seen at all
+    exact_window: bool
 
-    real = torch.ones(1, length, dtype=torch.bool, device=x.q.device) if x.mask is None else x.mask
-    real = F.pad(real, (window, blocks * c - length + after)).unfold(1, width, c).unsqueeze(1)  # (B or 1, 1, n, width)
-    offset = position[:c, None] + window - torch.arange(width, device=x.q.device)  # i - j, (c, width)
-    seen = (offset >= 0) if causal else torch.ones_like(offset, dtype=torch.bool)
+    @property
+    def blocks(self) -> range:
+        return range(-(-self.length // self.block))
 
-    def attend(
-        q: Tensor, real: Tensor, log_number: Tensor, mean: Tensor, k_hat: Tensor, v: Tensor, *w: Tensor
-    ) -> Tensor:
-        scores = _window_scores(q @ k_hat.mT, q, w[0] if w else None, offset, window, bias)  # (B, H, n, c, width)
-        scores = scores.masked_fill(~(real.unsqueeze(3) & seen), NEVER)
-        over_codes = (q.flatten(2, 3) @ x.codebook.mT).unflatten(2, q.shape[2:4]) + log_number.unsqueeze(3)
-        return _read(scores, v, over_codes, mean)
+    def _cut(self, start: int, stop: int) -> slice:
+        return slice(*(min(max(0, each), self.length) for each in (start, stop)))
 
-    blocked = F.pad(x.q, (0, 0, 0, blocks * c - length)).unflatten(2, (blocks, c))  # (B, H, n, c, k)
-    near = [around(t) for t in (x.k_hat, x.v, x.near) if t is not None]
-    group = max(1, WORKING_SET // (batch * heads * c * (width + codes)))  # blocks worked through at once
-    parts = zip(*(t.split(group, dim=2) for t in (blocked, real, log_number, mean, *near)), strict=True)
-    again = torch.is_grad_enabled() and blocks > group  # keep no weights for the way back: work them out again
-    y = [checkpoint(attend, *p, use_reentrant=False, preserve_rng_state=False) if again else attend(*p) for p in parts]
-    return torch.cat(y, dim=2).flatten(2, 3)[:, :, :length]
+    def rows(self, m: int) -> slice:
+        return self._cut(m * self.block, (m + 1) * self.block)
+
+    def near(self, m: int) -> slice:
+        return self._cut(m * self.block - self.before, (m + 1) * self.block + (self.after or 0))
+
+    def part(self, m: int) -> tuple[Any, slice, slice]:
+        """What a block at an end of the sequence has of ``(.., c, width)``."""
+        rows, near, start = self.rows(m), self.near(m), m * self.block - self.before
+        return ..., slice(rows.stop - rows.start), slice(near.start - start, near.stop - start)
+
+    def ways(self) -> list[tuple[range, Callable[[int], slice]]]:
+        """From the left, and from the right: the order of the blocks, and the keys that join the sums at each."""
+
+        def left(m: int) -> slice:
+            return self._cut((m - 1) * self.block - self.before, m * self.block - self.before)
+
+        def right(m: int) -> slice:
+            return self._cut((m + 1) * self.block + self.before, (m + 2) * self.block + self.before)
+
+        return [(self.blocks, left)] + ([] if self.after is None else [(self.blocks[::-1], right)])
+
+
+class _Scores(NamedTuple):
+    """What scores are made of; N = B * H."""
+
+    q: Tensor  # (N, L, k)
+    k: Tensor
+    k_hat: Tensor
+    codebook: Tensor  # (N, S, k)
+    added: Tensor  # (H, c, width)
+    hidden: Tensor | None  # (N, L): NEVER for padding
+    inside: Tensor | None  # (c, width); None: no window
+
+    def keys(self, near: slice) -> Tensor:
+        """What a block looks at, ``(N, S + near, k)``: all codes, then the codewords of the keys near it."""
+        return torch.cat([self.codebook, self.k_hat[:, near]], dim=1)
+
+    def weights(self, walk: "_Walk", m: int, log_numbers: Tensor) -> Tensor:
+        """One softmax over both: ``(N, c, S + near)``."""
+        q, near, part = self.q[:, walk.rows(m)], walk.near(m), walk.part(m)
+        scores = q @ self.keys(near).mT
+        over_codes, one_by_one = scores.tensor_split((self.codebook.shape[1],), dim=-1)
+        over_codes += log_numbers[:, m]
+        if walk.exact_window and self.inside is not None:
+            one_by_one.copy_(torch.where(self.inside[part], q @ self.k[:, near].mT, one_by_one))
+        one_by_one.unflatten(0, (-1, len(self.added))).add_(self.added[part])
+        if self.hidden is not None:
+            one_by_one += self.hidden[:, None, near]
+        return torch.softmax(scores, dim=-1)
+
+
+class _Blocks(torch.autograd.Function):
+    """Values ``(N, L, v)`` and what scores are made of to outputs, one block at a time, near the processor.
+
+    Kept for the way back are the mean values of the codes, ``S / c`` numbers for each of v; the weights only where they
+    are few, else they are worked out again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, walk: _Walk, v: Tensor, z: Tensor, *parts: Any) -> Tensor:
+        scores, y, weights = _Scores(*parts), torch.empty_like(v), []
+        (many, codes, _), width = scores.codebook.shape, scores.added.shape[-1]
+        mean, numbers = _far(v, z, scores.hidden, codes, walk)
+        log_numbers = _log(numbers).unsqueeze(2)
+        keep = many * walk.length * (codes + width) <= WORKING_SET
+        for m in walk.blocks:
+            w = scores.weights(walk, m, log_numbers)
+            y[:, walk.rows(m)] = (w[..., :codes] @ mean[:, m]).baddbmm_(w[..., codes:], v[:, walk.near(m)])
+            weights += [w] if keep else []
+        ctx.walk, ctx.parts = walk, len(parts)
+        ctx.save_for_backward(*parts, v, z, y, mean, numbers, *weights)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        scores, walk = _Scores(*ctx.saved_tensors[: ctx.parts]), ctx.walk
+        v, z, y, mean, numbers, *weights = ctx.saved_tensors[ctx.parts :]
+        codes, log_numbers = mean.shape[2], _log(numbers).unsqueeze(2)
+        share = (1 / numbers.clamp(min=1)).unsqueeze(2)  # of a sum in its mean
+        dv, dq, dk = torch.zeros_like(v), torch.empty_like(scores.q), torch.zeros_like(scores.k)
+        d_sums, d_added = torch.empty_like(mean), scores.added.new_zeros(len(v), *scores.added.shape[1:])
+        for m in walk.blocks:
+            rows, near, part = walk.rows(m), walk.near(m), walk.part(m)
+            w = weights[m] if weights else scores.weights(walk, m, log_numbers)
+            given, d = dy[:, rows], torch.empty_like(w)
+            torch.bmm(given, mean[:, m].mT, out=d[..., :codes])
+            torch.bmm(given, v[:, near].mT, out=d[..., codes:])
+            d.sub_((given * y[:, rows]).sum(-1, keepdim=True)).mul_(w)  # back through the softmax
+            torch.bmm((w[..., :codes] * share[:, m]).mT, given, out=d_sums[:, m])
+            dv[:, near].baddbmm_(w[..., codes:].mT, given)
+            keys, d_near = scores.keys(near), d[..., codes:]
+            torch.bmm(d, keys, out=dq[:, rows])
+            d_added[part] += d_near
+            if scores.inside is not None:  # the keys of the window learn, straight through their codewords or directly
+                d_near *= scores.inside[part]
+                dk[:, near].baddbmm_(d_near.mT, scores.q[:, rows])
+                if walk.exact_window:
+                    dq[:, rows] += d_near @ (scores.k[:, near] - keys[:, codes:])
+        d_added = d_added.unflatten(0, (-1, len(scores.added))).sum(0)
+        return None, _far_back(dv, d_sums, z, walk), None, dq, dk, None, None, d_added, None, None
+
+
+def _far(v: Tensor, z: Tensor, hidden: Tensor | None, codes: int, walk: _Walk) -> tuple[Tensor, Tensor]:
+    """For each block, mean value and number of the keys far from it, by code: ``(N, n, S, v)`` and ``(N, n, S)``."""
+    real = torch.ones_like(z, dtype=v.dtype) if hidden is None else (hidden == 0).to(v.dtype)
+    sums = v.new_zeros(len(v), len(walk.blocks), codes, v.shape[-1])
+    numbers = v.new_zeros(sums.shape[:-1])
+    for order, joining in walk.ways():
+        total, number = torch.zeros_like(sums[:, 0]), torch.zeros_like(numbers[:, 0])
+        for m in order:
+            keys = joining(m)
+            index = z[:, keys].flatten()
+            total.view(-1, v.shape[-1]).index_add_(0, index, v[:, keys].flatten(0, 1))
+            number.view(-1).index_add_(0, index, real[:, keys].flatten())
+            sums[:, m] += total
+            numbers[:, m] += number
+    return sums.div_(numbers.clamp(min=1).unsqueeze(-1)), numbers
+
+
+def _far_back(dv: Tensor, d_sums: Tensor, z: Tensor, walk: _Walk) -> Tensor:
+    """A sum that a key joins is carried on to all later blocks: so it gets the gradients of them all. Adds to dv."""
+    for order, joining in walk.ways():
+        total = torch.zeros_like(d_sums[:, 0])
+        for m in order[::-1]:
+            total += d_sums[:, m]
+            dv[:, joining(m)] += F.embedding(z[:, joining(m)], total.flatten(0, 1))
+    return dv
 
 
 # ---- block by block, with a state ------------------------------------------------------------------------------------
@@ -344,8 +457,8 @@ def vq_attention_blocks(
             ) from None
     with torch.autocast(q.device.type, enabled=False):
         z = nearest_code(k, codebook) if codes is None else codes
-        x = _Ready.of(q, k, v, codebook, z, mask, bias, exact_window, windowed=True)
-        keys = x.k_hat if x.near is None else x.near
+        x = _Ready.of(q, k, v, codebook, z, mask, bias)
+        keys = x.keys(exact_window)
         real = torch.ones(batch, length, dtype=torch.bool, device=q.device) if mask is None else mask
         if state is None:
             state = empty_state(batch, codebook, memory, v.shape[-1], x.v.dtype)
@@ -378,9 +491,9 @@ def vq_attention_blocks(
                 scores = scores + bias_n.gather(3, index).masked_fill(~close, 0)
             scores = scores.masked_fill(~(recent["real"][:, None, None, :] & (offset >= 0)), NEVER)
             number = state["count"].to(x.v.dtype)
-            log_number = torch.where(number > 0, number.clamp(min=1).log(), NEVER)
-            over_codes = q_n @ x.codebook.mT + log_number.unsqueeze(2)
-            y.append(_read(scores, recent["v"], over_codes, state["mean"]))
+            over_codes = q_n @ x.codebook.mT + _log(number).unsqueeze(2)
+            weights = torch.softmax(torch.cat([scores, over_codes], dim=-1), dim=-1)  # one softmax over two lists
+            y.append(weights[..., :columns] @ recent["v"] + weights[..., columns:] @ state["mean"])
             state = _forget(recent, state, rows)
         return _blank_unseeing(torch.cat(y, dim=2), mask, True, begun).to(v.dtype), state
 
@@ -422,8 +535,7 @@ class _Ready(NamedTuple):
     """What all forms work with: in the working precision, and what stands in the padding of k and v, even NaN, is 0."""
 
     q: Tensor
-    k_hat: Tensor  # the codewords, constant
-    near: Tensor | None  # keys of the window; None where codewords serve, since nobody asks for a gradient
+    k: Tensor
     v: Tensor
     codebook: Tensor
     z: Tensor
@@ -432,48 +544,18 @@ class _Ready(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        codebook: Tensor,
-        z: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        exact_window: bool,
-        windowed: bool,
+        cls, q: Tensor, k: Tensor, v: Tensor, codebook: Tensor, z: Tensor, mask: Tensor | None, bias: Tensor | None
     ) -> "_Ready":
         dtype = working_dtype(q, k, v, codebook)
         q, k, v, codebook = q.to(dtype), k.to(dtype), v.to(dtype), codebook.detach().to(dtype)
         if mask is not None:
             padding = ~mask[:, None, :, None]
             k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-        k_hat, near = codewords(codebook, z), None
-        if exact_window:
-            near = k
-        elif k.requires_grad and (windowed or bias is not None):
-            near = straight_through(k, k_hat)
-        elif k.requires_grad:
-            q = q + 0 * k  # changes nothing: it gives k a gradient of zeros instead of none at all
-        return cls(q, k_hat, near, v, codebook, z, mask, None if bias is None else bias.to(dtype))
+        return cls(q, k, v, codebook, z, mask, None if bias is None else bias.to(dtype))
 
-
-def _window_scores(
-    scores: Tensor, q: Tensor, near: Tensor | None, offset: Tensor, window: int, bias: Tensor | None
-) -> Tensor:
-    """Inside the window, where ``|i - j| <= w``, scores come from the keys ``near``, and the bias is added."""
-    inside = offset.abs() <= window
-    if near is not None:
-        scores = torch.where(inside, q @ near.mT, scores)
-    if bias is not None:
-        scores = scores + bias[..., offset.clamp(-window, window) + window].masked_fill(~inside, 0)
-    return scores
-
-
-def _read(near: Tensor, v: Tensor, over_codes: Tensor, mean: Tensor) -> Tensor:
-    """One softmax over two lists of scores: keys seen one by one, with their values, and codes, with their means."""
-    weights = torch.softmax(torch.cat([near, over_codes], dim=-1), dim=-1)
-    return weights[..., : v.shape[-2]] @ v + weights[..., v.shape[-2] :] @ mean
+    def keys(self, exact_window: bool) -> Tensor:
+        """What stands for the keys of the window."""
+        return self.k if exact_window else straight_through(self.k, codewords(self.codebook, self.z))
 
 
 def _blank_unseeing(y: Tensor, mask: Tensor | None, causal: bool, known: Tensor | None = None) -> Tensor:
@@ -513,11 +595,13 @@ class VectorQuantizer(nn.Module):
         restart: a code whose count falls below this share of the average count is dead and becomes a random key of the
             batch, with the average count. 0 never restarts; the published code does not.
 
-    Buffers: ``code_sum (H, S, k)``, ``code_count (H, S)``, ``started``. In bfloat16 the averages would stand still, so
-    the buffers stay in float32 or better whatever the module is cast to.
+    Buffers: ``code_sum (H, S, k)``, ``code_count (H, S)``, ``started``, ``draws`` (how often keys were drawn). In
+    bfloat16 the averages would stand still, so they stay in float32 or better whatever the module is cast to.
 
-    With several processes (torch.distributed) sums and counts are added up over all of them, and replacements come
-    from the first. :meth:`all_reduce` is the place to hook in something else.
+    Several processes (torch.distributed) that share a batch hold one codebook, that of a single process with the whole
+    batch: sums and counts are added up over all of them, keys are drawn from all of them, and the loss of each is such
+    that their mean is that of the whole batch. :meth:`all_reduce` is the place to hook in something else; with
+    ``synchronised`` set to False a process keeps to itself.
 
     Source: Transformer-VQ's published code; ``start`` and ``restart`` are ours.
     """
@@ -525,6 +609,7 @@ class VectorQuantizer(nn.Module):
     code_sum: Tensor
     code_count: Tensor
     started: Tensor
+    draws: Tensor
 
     def __init__(
         self,
@@ -547,6 +632,8 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("code_sum", torch.randn(heads, codes, key_dim) * (heads * codes) ** -0.5)
         self.register_buffer("code_count", torch.ones(heads, codes))
         self.register_buffer("started", torch.tensor(start == "normal"))
+        self.register_buffer("draws", torch.tensor(0))
+        self.synchronised = True
         self.codes_seen = nn.Identity()  # a window for `record`: the codes (B, H, L) pass through unchanged
 
     @property
@@ -575,31 +662,39 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(k.device.type, enabled=False):
             nearest = codewords(codebook, z).to(wide.dtype)
             error = (wide - nearest).square().sum(-1).sum(1)  # (B, L): over width and heads
-            loss = error.mean() if mask is None else error.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
-            if self.training:
-                self.update(wide, z, mask)
+            total = error.sum() if mask is None else error.masked_fill(~mask, 0).sum()
+            real = error.new_tensor(error.numel()) if mask is None else mask.sum()
+            if self.training:  # one process's share of the real tokens may be the larger one
+                real = self.update(wide, z, mask) / self._processes()[1]
+            loss = total / real.clamp(min=1)
         return straight_through(wide, nearest).to(k.dtype), z, loss
 
     @torch.no_grad()
-    def update(self, k: Tensor, z: Tensor, mask: Tensor | None = None) -> None:
-        """Move every code towards the keys that chose it, and restart the dead."""
+    def update(self, k: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Move every code towards the keys that chose it, and restart the dead. Returns how many tokens were real."""
         sums, numbers = code_sums(k.detach().to(self.code_sum.dtype), z, self.codes, mask)
+        sums, numbers = self.all_reduce(sums.sum(0)), self.all_reduce(numbers.sum(0))
         for average, new in ((self.code_sum, sums), (self.code_count, numbers)):
-            average.mul_(self.decay).add_(self.all_reduce(new.sum(0)), alpha=1 - self.decay)
+            average.mul_(self.decay).add_(new, alpha=1 - self.decay)
+        real = numbers[0].sum()
         usual = self.code_count.mean(-1, keepdim=True).expand_as(self.code_count)
         dead = self.code_count < self.restart * usual
-        if dead.any():
-            fresh = self._same_everywhere(self._random_keys(k, mask, self.codes))
+        if dead.any() and real:
+            fresh = self._random_keys(k, mask, self.codes)
             self.code_sum.copy_(torch.where(dead.unsqueeze(-1), fresh * usual.unsqueeze(-1), self.code_sum))
             self.code_count.copy_(torch.where(dead, usual, self.code_count))
+        return real
 
     @torch.no_grad()
     def set_up(self, k: Tensor, mask: Tensor | None = None) -> None:
         """Begin with codes from these keys, if training has just begun; otherwise nothing."""
-        if not self.training or self.started or (mask is not None and not mask.any()):
+        if not self.training or self.started:
             return
+        _check_codebook(k, self.code_sum)
         draw = self._spread_keys if self.start == "kmeans++" else self._random_keys
-        self.set_codebook(self._same_everywhere(draw(k.detach(), mask, self.codes)))
+        codebook = draw(k.detach(), mask, self.codes)
+        if codebook.shape[1]:  # some token was real
+            self.set_codebook(self._gather(codebook)[0])  # the first process's: others may round differently
 
     @torch.no_grad()
     def set_codebook(self, codebook: Tensor) -> None:
@@ -610,35 +705,62 @@ class VectorQuantizer(nn.Module):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over all processes; x itself where there is one."""
-        if dist.is_available() and dist.is_initialized():
+        if self._processes()[1] > 1:
             dist.all_reduce(x)
         return x
 
-    def _same_everywhere(self, x: Tensor) -> Tensor:
-        """What the first process has."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-            x = torch.zeros_like(x)
-        return self.all_reduce(x)
+    def _processes(self) -> tuple[int, int]:
+        """Which process this is, and of how many."""
+        if not (self.synchronised and dist.is_available() and dist.is_initialized()):
+            return 0, 1
+        return dist.get_rank(), dist.get_world_size()
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """x of every process, ``(processes, *x.shape)``: each puts its own into a sum that is 0 there elsewhere."""
+        rank, processes = self._processes()
+        slots = x.new_zeros(processes, *x.shape)
+        slots[rank] = x
+        return self.all_reduce(slots)
 
     def _random_keys(self, k: Tensor, mask: Tensor | None, count: int) -> Tensor:
-        """``count`` real keys for each head, different ones as far as there are: ``(H, count, k)``."""
-        keys = k.transpose(1, 2).flatten(0, 1)  # (B L, H, k)
-        keys = keys if mask is None else keys[mask.flatten()]
-        shuffled = torch.rand(len(keys), self.heads, device=k.device).argsort(0)  # for each head
-        pick = shuffled[torch.arange(count, device=k.device) % len(keys)]
-        return keys.gather(0, pick.unsqueeze(-1).expand(-1, -1, self.key_dim)).transpose(0, 1).to(self.code_sum.dtype)
+        """``count`` real keys for each head, different ones as far as there are: ``(H, count, k)``; none of none.
+
+        A lottery: every token has a ticket, and the smallest win. Tickets depend on the number of the draw and on the
+        token's place in the whole batch, of which a process holds every n-th sequence. So all processes choose the keys
+        that a single one would.
+        """
+        rank, processes = self._processes()
+        batch, heads, length, _ = k.shape
+        real = torch.ones(batch, length, dtype=torch.bool, device=k.device) if mask is None else mask
+        row = torch.arange(batch, device=k.device)[:, None] * processes + rank
+        head = torch.arange(heads, device=k.device)[:, None, None]
+        self.draws.add_(1)
+        tickets = _scatter((head << 48) + (row << 32) + real.cumsum(1) + _scatter(self.draws))  # (H, B, L)
+        tickets = tickets.masked_fill(~real, LOST).flatten(1)
+        keys, tickets = _smallest(k.transpose(0, 1).flatten(1, 2).to(self.code_sum.dtype), tickets, count)
+        if processes > 1:
+            keys, tickets = (self._gather(x).transpose(0, 1).flatten(1, 2) for x in (keys, tickets))
+            keys, tickets = _smallest(keys, tickets, count)
+        found = min(count, int((tickets[0] < LOST).sum()))
+        return keys[:, torch.arange(count if found else 0, device=k.device) % max(1, found)]
 
     def _spread_keys(self, k: Tensor, mask: Tensor | None, count: int) -> Tensor:
         """k-means++: each next code is a key, drawn with a chance that grows with its squared distance to the codes."""
         keys = self._random_keys(k, mask, 16 * count)  # (H, 16 S, k): enough to choose from
+        generator = torch.Generator(keys.device).manual_seed(int(self.draws))
         chosen = [keys[:, :1]]
         distance = (keys - chosen[0]).square().sum(-1)
-        while len(chosen) < count:
+        while keys.shape[1] and len(chosen) < count:
             chance = distance + torch.finfo(keys.dtype).tiny  # where every key is a code already, take any
-            pick = torch.multinomial(chance, 1).unsqueeze(-1)  # (H, 1, 1)
+            pick = torch.multinomial(chance, 1, generator=generator).unsqueeze(-1)  # (H, 1, 1)
             chosen.append(keys.gather(1, pick.expand(-1, -1, self.key_dim)))
             distance = torch.minimum(distance, (keys - chosen[-1]).square().sum(-1))
         return torch.cat(chosen, dim=1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Weights that were saved before draws were counted load as well: none were drawn."""
+        state_dict.setdefault(f"{prefix}draws", torch.zeros_like(self.draws))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "VectorQuantizer":
         """Move and cast as any module, but keep sums and counts in float32 or better."""
@@ -653,6 +775,25 @@ class VectorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         shape = f"{self.heads}, {self.codes}, {self.key_dim}"
         return f"{shape}, decay={self.decay}, start={self.start!r}, restart={self.restart}"
+
+
+LOST = 2**62  # above all tickets
+
+
+def _scatter(x: Tensor) -> Tensor:
+    """A whole number below 2**62 for each whole number, as if drawn at random, yet the same everywhere (splitmix64)."""
+    x = x * -0x61C8864680B583EB  # products wrap around
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ (x >> shift)) * factor
+    return x & (LOST - 1)
+
+
+def _smallest(keys: Tensor, tickets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` keys ``(H, n, k)`` with the smallest tickets ``(H, n)``, in order; filled up with lost ones."""
+    short = max(0, count - keys.shape[1])
+    keys, tickets = F.pad(keys, (0, 0, 0, short)), F.pad(tickets, (0, short), value=LOST)
+    tickets, order = tickets.topk(count, largest=False)
+    return keys.gather(1, order.unsqueeze(-1).expand(-1, -1, keys.shape[-1])), tickets
 
 
 # ---- the module ------------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def step_by_step(x, decay, write, read, h):
 @pytest.mark.parametrize("form", [block_recurrence, block_recurrence_plain])
 def test_blocks_equal_steps_with_state_and_gradients(monkeypatch, kind, length, begun, form):
     monkeypatch.setattr(blocks, "STRETCH", 800)  # bytes: several stretches even here
+    monkeypatch.setattr(blocks, "TILE", 2)  # of 3 channels
     parameters = draw(kind)
     x = torch.randn(2, length, 3, dtype=DOUBLE, requires_grad=True)
     h0 = torch.randn(2, 3, 4, dtype=parameters[1].dtype) * begun
@@ -91,6 +92,7 @@ def test_blocks_equal_steps_with_state_and_gradients(monkeypatch, kind, length, 
 @pytest.mark.parametrize("form", [block_recurrence, block_recurrence_plain])
 def test_two_directions(monkeypatch, kind, length, form):
     monkeypatch.setattr(blocks, "STRETCH", 800)
+    monkeypatch.setattr(blocks, "TILE", 2)
     there, back = draw(kind), draw(kind, n=5, seed=1)  # they need not have as many states
     x = torch.randn(2, length, 3, dtype=DOUBLE, requires_grad=True)
     weight = torch.randn(2, length, 3, dtype=DOUBLE)

@@ -82,6 +82,7 @@ def test_loop_equals_matrices_with_gradients(function, causal, length, masked):
 @pytest.mark.parametrize(("length", "tile"), [(1, 1), (7, 8), (13, 40), (13, 52), (13, 10_000)])
 def test_tiles_equal_the_whole_with_gradients(monkeypatch, function, causal, bias, masked, length, tile):
     monkeypatch.setattr(gated_attention, "TILE", tile)
+    monkeypatch.setattr(gated_attention, "ROWS", 1)
     tensors = [*qkv(length, v=5), torch.randn(length, length, dtype=torch.float64)]
     module = {"simple": RelativeBias(9), "rotary": RotaryBias(4)}.get(bias, torch.nn.Identity()).double()
     weight = torch.randn(2, length, 5, dtype=torch.float64)

@@ -23,6 +23,7 @@ from longseq_tutorial.mechanisms.s4 import (
     s4_kernel,
     s4_kernel_dense,
     s4_recurrent,
+    s4_tables,
     s4d_init,
     s4d_kernel,
     s4d_kernel_vandermonde,
@@ -320,6 +321,55 @@ def test_tilde_is_what_its_definition_says_and_can_be_undone():
         # A C_tilde made for one length makes another kernel at another length.
         wrong = s4_kernel(Lambda, P, B, tilde, dt, length + 1)[:, :length]
         assert (wrong - kernel_from_c(Lambda, P, B, C, dt, length, kernel=s4_kernel)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 8, 13])
+def test_tables_are_powers_of_the_dense_matrix_with_gradients(block):
+    def as_defined(Lambda, P, B, C, dt):
+        """Every power written out, over all N states; the state's numbers are real parts, then imaginary parts."""
+        dA, dB = dplr_dense(Lambda, P, B, dt)
+        powers = [torch.linalg.matrix_power(dA, n) for n in range(block + 1)]
+        full = torch.cat([C, C.conj()], -1)
+        half = C.shape[-1]
+        reads = torch.stack(
+            [torch.einsum("dn,dnm->dm", full, p)[:, :half] for p in powers[1:]], 1
+        )  # of half the states
+        writes = torch.stack([torch.einsum("dnm,dm->dn", p, dB)[:, :half] for p in powers[block - 1 :: -1]], -1)
+        kernel = torch.stack([torch.einsum("dn,dnm,dm->d", full, p, dB).real for p in powers[:-1]], -1)
+        a, b = powers[-1][:, :half, :half], powers[-1][:, :half, half:]  # z -> a z + b conj(z)
+        rows = [torch.cat([(a + b).real, (b - a).imag], -1), torch.cat([(a + b).imag, (a - b).real], -1)]
+        return (
+            kernel,
+            torch.cat([2 * reads.real, -2 * reads.imag], -1),
+            torch.cat([writes.real, writes.imag], 1),
+            torch.cat(rows, 1),
+        )
+
+    def flat(tables):
+        return torch.cat([t.flatten() for t in tables])
+
+    fast = values_and_gradients(lambda *p: flat(s4_tables(*p, block)), dplr(3, 4))
+    slow = values_and_gradients(lambda *p: flat(as_defined(*p)), dplr(3, 4))
+    assert_same(fast, slow)
+
+
+@pytest.mark.parametrize(("dt_min", "dt_max"), [(1e-5, 1e-3), (1e-3, 1e-1), (0.1, 2.0)])
+def test_tables_lose_nothing_in_single_precision(dt_min, dt_max):
+    torch.manual_seed(0)
+    system = [p.detach() for p in S4(32, 64, dt_min=dt_min, dt_max=dt_max).system()]
+    wide = [p.to(torch.complex128 if p.is_complex() else torch.float64) for p in system]
+    for got, want in zip(s4_tables(*system, 64), s4_tables(*wide, 64), strict=True):
+        assert got.dtype == torch.float32
+        assert ((got - want).abs().amax() / want.abs().amax()).item() < 5e-6
+
+
+def test_single_precision_stays_close_over_many_blocks():
+    """A hundred blocks, dt so small that none is forgotten: errors of the block's matrix power add up."""
+    torch.manual_seed(0)
+    layer, u = S4(8, 64, dt_min=1e-4, dt_max=1e-3), torch.randn(1, 6400, 8)
+    single = layer(u).detach()
+    double = layer.double()(u.double()).detach()
+    assert ((single - double).norm() / double.norm()).item() < 1e-4
 
 
 @pytest.mark.parametrize("case", golden.names("s4_dplr_kernel"))

@@ -71,11 +71,12 @@ def test_linear_equals_quadratic_with_gradients(length, window, causal, exact_wi
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_worked_through_in_many_groups_it_is_the_same(causal, monkeypatch):
-    """Long sequences go through a few blocks at a time and are computed again for the gradient."""
+@pytest.mark.parametrize("exact_window", [False, True])
+def test_weights_worked_out_again_are_the_same(causal, exact_window, monkeypatch):
+    """Those of long sequences are not kept for the gradient."""
     q, k, v, codebook = inputs(61)
     bias = draw(2, 7, seed=5)
-    options = {"causal": causal, "window": 3, "block": 5}
+    options = {"causal": causal, "window": 3, "block": 5, "exact_window": exact_window}
     want = values_and_gradients(vq_attention, (q, k, v, bias), codebook, **options)
     monkeypatch.setattr(module, "WORKING_SET", 300)
     assert_same(values_and_gradients(vq_attention, (q, k, v, bias), codebook, **options), want)
