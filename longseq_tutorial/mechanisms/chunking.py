@@ -433,6 +433,13 @@ def fused_attention(
         allowed = allowed | (nothing if past is None else nothing & past)
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    if bias.requires_grad and torch.is_grad_enabled() and q.device.type == "cpu":
+        # Torch's CPU kernel refuses a bias that learns, and what it does instead takes more passes than these.
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)  # (..., C, K)
+        scores += bias.to(q.dtype)
+        if allowed is not None:
+            scores.masked_fill_(~allowed, -torch.inf)
+        return torch.softmax(scores, dim=-1) @ v
     offset = bias.to(q.dtype)
     if allowed is not None:
         offset = offset.masked_fill(~allowed, -torch.inf)

@@ -139,12 +139,15 @@ def _weights(
     q: Tensor, k: Tensor, function: str, bias: Tensor | None, visible: Tensor | None, past: Tensor | None
 ) -> Tensor:
     """See :func:`attention_weights`; visible ``(..., 1 or L, K)`` are real keys, past ``(L, K)`` those not ahead."""
+    visible = _in_sight(visible, past, function)  # (..., 1 or L, K)
+    whole = q.dtype in (torch.float32, torch.float64)
+    if function == "softmax" and whole:
+        q = q / math.sqrt(q.shape[-1])  # fewer numbers to divide than scores; in half precision it would round them
     scores = q @ k.transpose(-1, -2)  # (..., L, K)
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    visible = _in_sight(visible, past, function)  # (..., 1 or L, K)
 
     if function == "softmax":
-        wide = wide / math.sqrt(q.shape[-1])
+        wide = wide if whole else wide / math.sqrt(q.shape[-1])
         wide = wide if bias is None else wide + bias
         if visible is not None:
             wide = wide.masked_fill(~visible, -torch.inf)
