@@ -90,7 +90,7 @@ SPADE_LAYER = {
     "fc1": "fc1",
     "fc2": "fc2",
 }
-COUNTERS = ("num_batches_tracked", "quantizer.code_count", "quantizer.started")
+COUNTERS = ("num_batches_tracked", "quantizer.code_count", "quantizer.started", "quantizer.draws")
 # The authors' models wrap the encoder twice: model.encoder.encoder.
 INSIDE = "encoder.encoder."
 FIRST_LAYER = INSIDE + "layers.0.mega_layer."

@@ -189,6 +189,8 @@ def test_mechanisms_models_and_classroom_import_with_the_required_packages_alone
         ("data.py", {"tasks"}),
         ("training", {"mechanisms", "models", "tasks", "training"}),
         ("train.py", {"tasks", "training"}),
+        ("results.py", {"models", "published", "training"}),
+        ("published.py", set()),
         ("doctor.py", set()),
         ("__init__.py", set()),
     ],
@@ -427,8 +429,8 @@ def test_the_readmes_table_tells_which_chapters_are_here():
 
 
 def test_the_readme_states_what_the_record_says():
-    record = json.loads((ROOT / "results" / "speech-mega-cpu-5min-seed0.json").read_text())
+    record = json.loads((ROOT / "results" / "speech-mega-laptop-seed0.json").read_text())
     seconds, accuracy = record["seconds"], record["test"]["accuracy"]
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"took {seconds:.0f} s and heard {100 * accuracy:.1f} % of the official test split right (seed 0" in readme
-    assert seconds < 300 and accuracy >= 0.95 and record["seed"] == 0
+    assert seconds < 900 and accuracy >= 0.95 and record["seed"] == 0

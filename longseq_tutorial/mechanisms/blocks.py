@@ -227,6 +227,11 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dy.device.type, enabled=False):  # it may run inside the autocast of the forward pass
+            return _Blocks._gradients(ctx, dy, dh)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         x, toeplitz, read, write, decay, read_back, write_back, decay_back, states, reverse = ctx.saved_tensors
         work = _Stretches(x, toeplitz.shape[1])
         d_toeplitz, d_read, d_write = (x.new_zeros(each.shape) for each in (toeplitz, read, write))

@@ -349,6 +349,11 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dy.device.type, enabled=False):  # it may run inside the autocast of the forward pass
+            return _Blocks._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         scores, walk = _Scores(*ctx.saved_tensors[: ctx.parts]), ctx.walk
         v, z, y, mean, numbers, *weights = ctx.saved_tensors[ctx.parts :]
         codes, log_numbers = mean.shape[2], _log(numbers).unsqueeze(2)

@@ -4,12 +4,16 @@ Letters: B batch, L length, D width of the model, C channels of a signal. ``mask
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
-__all__ = ["NORMS", "Norm", "PatchEmbedding", "SampleEmbedding", "TokenEmbedding", "mean_pool"]
+from ..mechanisms.fft import working_dtype
+
+__all__ = ["NORMS", "BatchNorm", "Norm", "PatchEmbedding", "SampleEmbedding", "TokenEmbedding", "mean_pool"]
 
 NORMS = ("layernorm", "batchnorm", "scalenorm", "rmsnorm")
 EPS = 1e-5
@@ -22,6 +26,7 @@ class Norm(nn.Module):
     * scalenorm: ``s * x / sqrt(mean(x**2) + eps)`` with one learned number s. (Mega's code; the paper that introduced
       the name divides by the norm instead of the root mean square.)
     * batchnorm: statistics per channel over batch and time, of real tokens only: padding must not leak into them.
+      Several processes that share a batch have common ones.
     """
 
     def __init__(self, kind: str, dim: int) -> None:
@@ -34,7 +39,7 @@ class Norm(nn.Module):
         elif kind == "rmsnorm":
             self.norm = nn.RMSNorm(dim, eps=EPS)
         elif kind == "batchnorm":
-            self.norm = nn.BatchNorm1d(dim, eps=EPS)
+            self.norm = BatchNorm(dim, eps=EPS)
         else:
             self.scale = nn.Parameter(torch.ones(1))
 
@@ -44,9 +49,65 @@ class Norm(nn.Module):
             return self.scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
         if self.kind != "batchnorm":
             return self.norm(x)
-        if mask is None or not self.training:
-            return self.norm(x.flatten(0, -2)).view_as(x)
-        return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), self.norm(x[mask]).to(x.dtype))
+        return self.norm(x, mask)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """torch's batch norm over the last axis, with a mask, and with common statistics where processes share a batch.
+
+    ``torch.nn.SyncBatchNorm`` has the latter on GPUs alone; this works on a CPU as well, in float32 or better, with the
+    same parameters and buffers as in a single process. With ``synchronised`` set to False a process keeps to itself.
+    """
+
+    synchronised = True
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(B, L, D)`` and bool ``(B, L)`` -> ``(B, L, D)``, 0 where padded; any shape ``(..., D)`` without a mask."""
+        together = self.synchronised and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not self.training or (mask is None and not together):
+            return super().forward(x.flatten(0, -2)).view_as(x)
+        if mask is not None and not together and not torch.compiler.is_compiling():  # compiled shapes must be known
+            return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), super().forward(x[mask]).to(x.dtype))
+        real = torch.ones_like(x[..., :1], dtype=torch.bool) if mask is None else mask.unsqueeze(-1)  # (B, L, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(working_dtype(x)).masked_fill(~real, 0)
+            real = real.to(wide.dtype)
+            add = _SumOverProcesses.apply if together else _same
+            number = add(real.sum())
+            mean = add(wide.flatten(0, -2).sum(0)) / number
+            centred = (wide - mean) * real  # before squaring: large means would drown small deviations
+            variance = add(centred.square().flatten(0, -2).sum(0)) / number
+            y = torch.addcmul(self.bias, centred, torch.rsqrt(variance + self.eps) * self.weight) * real
+        self._remember(mean.detach(), variance.detach() * number / (number - 1).clamp(min=1))
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        """Let the running statistics follow, as torch does."""
+        buffers: Any = self.running_mean, self.running_var, self.num_batches_tracked
+        buffers[2].add_(1)
+        for average, new in zip(buffers[:2], (mean, variance), strict=True):
+            average.lerp_(new.to(average.dtype), self.momentum or 1 / float(buffers[2]))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of x over all processes. What reaches the sum in any of them reaches x: gradients add up as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
 
 class TokenEmbedding(nn.Module):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ..tasks import Batch, PairBatch, Split, Task, collate
@@ -58,17 +61,19 @@ def training_batches(
     processes: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    few_lengths: bool = False,
 ) -> Iterator[list[Batch]]:
     """For each update from `start` to `stop - 1`, this process's share of it, in `accumulate` pieces.
 
     An update always sees `batch` sequences in all, however many processes and pieces they are spread over.
-    Each process takes every `processes`-th one, so that all of them get the same mix of lengths.
+    Each process takes every `processes`-th one, so that all of them get the same mix of lengths. With `few_lengths`
+    batches are padded to one of two lengths an octave, since each new one would be compiled anew.
     """
     order = _Pieces(task.train.lengths, batch, accumulate, bucket, seed, start, stop, rank, processes)
     loader: DataLoader[Batch] = DataLoader(
         task.train,  # type: ignore[arg-type]  # a Split is a sequence, which is all a DataLoader asks for
         batch_sampler=order,  # type: ignore[arg-type]
-        collate_fn=collate,
+        collate_fn=partial(collate_to, task.config.length) if few_lengths else collate,
         num_workers=workers,  # one set of them for the whole run: an epoch's end is no gap
         prefetch_factor=AHEAD if workers else None,
         pin_memory=pin_memory,
@@ -116,6 +121,26 @@ def evaluation_batches(split: Split, batch: int, *, rank: int = 0, processes: in
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     for indices in batches[rank::processes]:
         yield collate([split[int(i)] for i in indices])
+
+
+def round_length(length: int, longest: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24 ... or `longest`, where that comes first."""
+    power = 1 << (length - 1).bit_length()
+    rounded = 3 * power // 4 if 4 * length <= 3 * power and power > 2 else power
+    return max(length, min(rounded, longest))
+
+
+def collate_to(longest: int, items: Any) -> Any:
+    """`collate`, with sequences padded to a `round_length`."""
+    batch: Any = collate(items)
+
+    def pad(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() < 2:  # labels
+            return tensor
+        more = round_length(tensor.shape[1], longest) - tensor.shape[1]
+        return F.pad(tensor, (*(0, 0) * (tensor.dim() - 2), 0, more))
+
+    return type(batch)(*map(pad, batch))
 
 
 def answer(model: nn.Module, batch: Batch | PairBatch) -> torch.Tensor:

@@ -1,8 +1,11 @@
-"""Everything a run needs to go on, in one safetensors file, written so that no crash can leave half of it.
+"""Everything a run needs to go on, in a safetensors file, written so that no crash can leave half of it.
 
 Tensors: `model.<name>` (parameters and buffers), `optimizer.<parameter>.<moment>`, `best.<name>` where the
 recipe keeps the best epoch's weights, and `random.<source>`, the states of all random number generators as
 bytes. Counters, running metrics and the recipe are JSON in the file's metadata. Nothing is ever unpickled.
+
+No file is larger than `LARGEST`, so that a checkpoint can be mailed, committed or carried where that is asked for. What
+is more lies in further files beside it, named after their content: what has not changed is not written again.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from ..tasks.packs import replace_file
 
 NEWEST = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
+PART = "checkpoint.part-{}.safetensors"
+LARGEST = 15_000_000  # bytes of a file, unless a single tensor is larger
 
 
 class CheckpointError(ValueError):
@@ -68,10 +73,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Make `tensors` and `state` (JSON-able) the newest checkpoint in `folder`; the one before is kept as well."""
     folder.mkdir(parents=True, exist_ok=True)
+    *parts, last = split(tensors)
+    names = [PART.format(_digest(part, {})[:16]) for part in parts]
+    for name, part in zip(names, parts, strict=True):
+        if not (folder / name).exists():
+            write_safetensors(folder / name, part, {})
     # At every moment a complete file has one of the two names: a kill between the two steps leaves PREVIOUS.
     if (folder / NEWEST).exists():
         os.replace(folder / NEWEST, folder / PREVIOUS)
-    write_safetensors(folder / NEWEST, tensors, state)
+    write_safetensors(folder / NEWEST, last, {**state, "parts": names} if names else state)
+    _sweep(folder)
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -86,6 +97,8 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
             continue
         try:
             tensors, state = read_safetensors(folder / name)
+            for further in state.pop("parts", ()):
+                tensors |= read_safetensors(folder / further)[0]
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -102,8 +115,48 @@ def exists(folder: Path) -> bool:
 
 def remove(folder: Path) -> None:
     """Delete the checkpoints in `folder`, and what a killed save may have left."""
-    for path in [folder / NEWEST, folder / PREVIOUS, *folder.glob("checkpoint*.tmp")]:
+    for path in [folder / NEWEST, folder / PREVIOUS, *folder.glob(PART.format("*")), *folder.glob("checkpoint*.tmp")]:
         path.unlink(missing_ok=True)
+
+
+def split(tensors: Mapping[str, Tensor], largest: int | None = None) -> list[dict[str, Tensor]]:
+    """The tensors in groups, in order, none larger than `largest` bytes where that can be; at least one group.
+
+    Where there are several, model, optimizer and best weights do not mix, as they change at different times.
+    """
+    largest = largest or LARGEST - 200_000  # a file has a header, too
+    if sum(tensor.nbytes for tensor in tensors.values()) <= largest:
+        return [dict(tensors)]
+    groups: list[dict[str, Tensor]] = []
+    size, kind = 0, ""
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > largest or name.partition(".")[0] != kind:
+            groups.append({})
+            size, kind = 0, name.partition(".")[0]
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    return groups
+
+
+def _sweep(folder: Path) -> None:
+    """Delete the parts that no checkpoint refers to any more."""
+    used: set[str] = set()
+    for name in (NEWEST, PREVIOUS):
+        if (folder / name).exists():
+            try:
+                used |= set(_about(folder / name).get("parts", ()))
+            except (SafetensorError, OSError, KeyError, ValueError):
+                return  # broken: leave everything where it is
+    for path in folder.glob(PART.format("*")):
+        if path.name not in used:
+            path.unlink()
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """The description in a safetensors file, without its tensors."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        about: dict[str, Any] = json.loads(file.metadata()["about"])
+    return about
 
 
 def pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from ..tasks import Batch
 from .batches import answer
+
+NOTHING = "a second forward pass was finite (dropout differs)"
 
 
 class NonFiniteError(ArithmeticError):
@@ -20,7 +23,7 @@ def first_nonfinite(model: nn.Module, batches: Iterable[Batch]) -> str:
     """The first thing in `model` that is not finite, in words: a parameter, an input, a module's output, a gradient.
 
     Runs the forward pass once more, in the mode the model is in, and looks at every output in the order of
-    computation. So call it before the optimiser has altered the parameters.
+    computation. So call it before the optimiser has altered the parameters. Each process looks by itself.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -37,10 +40,11 @@ def first_nonfinite(model: nn.Module, batches: Iterable[Batch]) -> str:
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _alone(model):
             for batch in batches:
-                if not batch.x.isfinite().all():
-                    return f"the input batch {_what(batch.x)}"
+                for tensor in batch:
+                    if not tensor.isfinite().all():
+                        return f"the input batch {_what(tensor)}"
                 answer(model, batch)
                 if found:
                     return found[0]
@@ -50,7 +54,29 @@ def first_nonfinite(model: nn.Module, batches: Iterable[Batch]) -> str:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return f"the gradient of {name} {_what(parameter.grad)}"
-    return "a second forward pass was finite (dropout differs, or it was on another process)"
+    return NOTHING
+
+
+def most_telling(finds: list[str]) -> str:
+    """What to report of what each process found: a cause before a gradient, which reaches all of them, and a name."""
+    rank = min(range(len(finds)), key=lambda i: (finds[i] == NOTHING, finds[i].startswith("the gradient"), i))
+    return finds[rank] if len(finds) == 1 else f"{finds[rank]} (process {rank})"
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Let no module wait for other processes, which may have stopped looking earlier, and move no running average."""
+    together = [module for module in model.modules() if getattr(module, "synchronised", False)]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for module in together:
+        module.synchronised = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in together:
+            module.synchronised = True  # type: ignore[assignment]
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import models, tasks
 from ..tasks import Batch, Split, Task
+from . import machine
 from .batches import answer, evaluation_batches, to_device, training_batches
-from .diagnose import NonFiniteError, first_nonfinite
+from .diagnose import NonFiniteError, first_nonfinite, most_telling
 from .machine import Interrupt, reproducible
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
 from .records import Record
 from .run import Run, Unfinished, model_settings
 from .schedule import learning_rate
@@ -82,7 +84,8 @@ def fit(
         if run.row_due:  # update 0: chance level, and proof that evaluation works
             validate()
         for pieces in batches(run, workers):
-            run.advance(train_update(run, pieces))
+            with machine.compiler_errors(RecipeError):
+                run.advance(train_update(run, pieces))
             if run.row_due:
                 validate()
             wish = run.agree(stop() or run.save_due(save_every))
@@ -121,6 +124,7 @@ def batches(run: Run, workers: int = 0) -> Any:
         processes=run.accelerator.num_processes,
         workers=workers,
         pin_memory=run.device.type == "cuda",
+        few_lengths=run.recipe.compile,
     )
 
 
@@ -142,7 +146,7 @@ def train_update(run: Run, pieces: list[Batch]) -> list[float]:
     norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip or math.inf)
     scores = accelerator.reduce(scores)
     if not torch.isfinite(scores[0] + norm):
-        where = first_nonfinite(run.bare_model, pieces)
+        where = most_telling(gather_object([first_nonfinite(run.bare_model, pieces)]))
         raise NonFiniteError(f"update {run.progress.update}: the loss or its gradient is not finite; {where}.")
     set_learning_rate(run)
     run.optimizer.step()
@@ -207,5 +211,6 @@ def evaluate(
 def evaluate_run(run: Run, split: Split, stop: Callable[[], Any]) -> dict[str, float] | None:
     """`evaluate` the run's model, in batches no larger than training's; None if stopped."""
     batch = run.recipe.batch // run.recipe.accumulate // run.accelerator.num_processes
-    # The bare model: a wrapped one would wait for the other processes, which may have fewer batches.
+    # The bare model: a wrapped one would wait for the other processes, which may have fewer batches, and a compiled
+    # one would be compiled once more.
     return evaluate(run.bare_model, split, batch=max(1, batch), accelerator=run.accelerator, stop=stop)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 PACKAGES = ("torch", "numpy", "accelerate", "safetensors")
 
@@ -89,6 +90,32 @@ def make_accelerator(precision: str, cpu: bool) -> Accelerator:
     AcceleratorState._reset_state()  # a process keeps one precision for ever otherwise; a notebook trains twice
     mixed = {"float32": "no", "bf16": "bf16"}[precision]
     return Accelerator(cpu=cpu or not torch.cuda.is_available(), mixed_precision=mixed)
+
+
+LENGTHS = 64  # as many lengths of a batch may be compiled; torch would give up after 8
+
+
+def compiled(model: nn.Module) -> Any:
+    """What computes the same as `model`, on its parameters, by code that torch.compile makes for each shape."""
+    import torch._dynamo  # takes seconds, so not at the top
+
+    torch._dynamo.reset()  # what another run of this process compiled is not counted here
+    torch._dynamo.config.recompile_limit = LENGTHS
+    return torch.compile(model, dynamic=False)
+
+
+@contextmanager
+def compiler_errors(kind: type[Exception]) -> Iterator[None]:
+    """Say in one line, as a `kind`, that torch.compile failed: mostly for want of a C++ compiler."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(base.__name__ == "TorchDynamoException" for base in type(error).__mro__):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+        reason = lines[0] if lines else type(error).__name__
+        mend = "Set compile=false (--set compile=false), or install what it misses."
+        raise kind(f"torch.compile failed: {reason.rstrip('.')[:300]}. {mend}") from error
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Record:
     commit: str  # "unknown" outside git
     dirty: bool  # whether tracked files differed from the commit
     finished: str  # UTC
+    cpu_seconds: float = 0.0  # processor time, all threads, processes and sessions together; 0: not measured
     format: int = field(default=1)
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("seed", "parameters", "updates", "sessions", "threads", "processes", "format"), int),
     "history": list,
     "seconds": (int, float),
+    "cpu_seconds": (int, float),
     "dirty": bool,
 }
 
@@ -118,9 +120,10 @@ def read_record(path: str | Path) -> Record:
         raise RecordError(f"{path} is not a JSON record ({error}).") from error
     if not isinstance(content, dict):
         raise RecordError(f"{path} is not a record: wanted a JSON object, got a {type(content).__name__}.")
-    names = {f.name for f in dataclasses.fields(Record)}
-    if names != content.keys():
-        missing, extra = sorted(names - content.keys()), sorted(content.keys() - names)
+    fields = dataclasses.fields(Record)
+    missing = sorted(f.name for f in fields if f.default is dataclasses.MISSING and f.name not in content)
+    extra = sorted(content.keys() - {f.name for f in fields})
+    if missing or extra:
         raise RecordError(f"{path} is not a record: missing {missing or 'nothing'}, unknown {extra or 'nothing'}.")
     try:
         return Record(**content)

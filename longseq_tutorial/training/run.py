@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .. import models
@@ -45,6 +46,7 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)  # the best validation so far: update, loss, accuracy
     seconds: float = 0.0  # of all sessions up to this one
+    cpu_seconds: float = 0.0  # likewise, what the processors worked for it, all processes and threads together
     sessions: int = 0  # this one included
     peak_memory: dict[str, int] = field(default_factory=dict)
 
@@ -62,6 +64,7 @@ class Run:
         self.name = f"{recipe.run_name}-seed{seed}"
         self.folder = out / self.name
         self.started = self.last_save = time.monotonic()
+        self.cpu_started = time.process_time()
         self.deadline = math.inf if max_seconds is None else self.started + max_seconds
         self.total = recipe.total_updates(len(task.train))
         self.per_epoch = len(task.train) // recipe.batch
@@ -89,6 +92,10 @@ class Run:
             weight_decay=recipe.weight_decay,
         )
         self.model, self.optimizer = self.accelerator.prepare(self.bare_model, optimizer)
+        if isinstance(self.model, DistributedDataParallel):  # codebooks and batch statistics agree by themselves
+            self.model.broadcast_buffers = False
+        if recipe.compile:  # for training alone: the bare model keeps its names, its hooks, its windows for `record`
+            self.model = machine.compiled(self.model)
         self.start = (0, 0)  # updates and rows of the history when this session began
         self.rate = 0.0  # learning rate of the last update
         self.progress = Progress()
@@ -157,9 +164,11 @@ class Run:
         if not self._bar.disable:
             mean = means(p.sums)
             updates_a_second = (p.update - self._bar.initial) / (self._bar.format_dict["elapsed"] or math.inf)
+            memory = machine.peak_memory(self.device)
             self._bar.set_postfix_str(
                 f"loss {mean['loss']:.3f}, accuracy {mean['accuracy']:.1%}, "
-                f"{updates_a_second * self.recipe.batch:.0f} sequences/s",
+                f"{updates_a_second * self.recipe.batch:.0f} sequences/s, "
+                f"{memory.get('cuda', memory['rss']) / 1e9:.2f} GB",
                 refresh=False,
             )
 
@@ -196,6 +205,8 @@ class Run:
             initial=self.progress.update,
             desc=f"{self.recipe.task} {self.recipe.model}",
             unit="update",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}"
+            "{postfix}]",
             disable=not (show and main),
             dynamic_ncols=True,
             mininterval=0.2 if sys.stderr.isatty() else 10.0,  # a log file wants few lines
@@ -264,6 +275,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         states = gather_object([checkpoint.random_states()])
+        cpu_seconds = self._cpu_seconds()
         self.last_save = time.monotonic()
         if not self.accelerator.is_main_process:
             return
@@ -272,7 +284,7 @@ class Run:
         for rank, named in enumerate(states):
             tensors |= {f"random.{rank}.{name}": state for name, state in named.items()}
         progress = dataclasses.asdict(self.progress)
-        progress |= {"seconds": self.seconds, "peak_memory": self._peak_memory()}
+        progress |= {"seconds": self.seconds, "cpu_seconds": cpu_seconds, "peak_memory": self._peak_memory()}
         checkpoint.save(self.folder, tensors, {"run": self.identity(), "progress": progress, "rate": self.rate})
 
     def _restore(self) -> None:
@@ -305,6 +317,7 @@ class Run:
         p, task = self.progress, self.task
         commit, dirty = machine.commit()
         splits = {"train": task.train, "valid": task.valid, "test": task.test}
+        cpu_seconds = self._cpu_seconds()
         record = Record(
             name=self.name,
             recipe=self.recipe.as_dict(),
@@ -319,6 +332,7 @@ class Run:
             test=test,
             weights_of={"update": p.best["update"] if p.best else p.update, "rule": self.recipe.select},
             seconds=self.seconds,
+            cpu_seconds=cpu_seconds,
             sessions=p.sessions,
             peak_memory=self._peak_memory(),
             device=self.device.type,
@@ -339,6 +353,11 @@ class Run:
                 leftover.unlink()
         self.accelerator.wait_for_everyone()
         return record
+
+    def _cpu_seconds(self) -> float:
+        """Processor time of the run so far, all sessions and processes together. Every process must ask."""
+        here = time.process_time() - self.cpu_started
+        return self.progress.cpu_seconds + sum(gather_object([here]))
 
     def _peak_memory(self) -> dict[str, int]:
         now, before = machine.peak_memory(self.device), self.progress.peak_memory

@@ -1,13 +1,19 @@
-"""Streaming over hundreds of tokens: equal to the parallel form, in a memory that does not grow."""
+"""Streaming over long sequences: equal to the parallel form, in a memory that does not grow.
+
+`python -m benchmarks.streaming` takes 100,000 tokens through every one of these models, in minutes.
+"""
+
+import json
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import streaming
 from longseq_tutorial.models import build_encoder
 from tests.models.any_task import SMALL, TOKENS, inputs, randomised
 
-LONG = 333  # several blocks of the EMA, dozens of windows and chunks
+LONG = 500  # many blocks of the EMA, dozens of windows and chunks
 CASES = {
     "mega-chunk": {},
     "seqboat": {"window": 5},
@@ -27,20 +33,47 @@ def tensors(state) -> list[Tensor]:
     return [t for part in parts for t in tensors(part)]
 
 
+def causal(case, **more):
+    name = case.removesuffix("-s4d").removesuffix("-chunk") if case != "mega-chunk" else case
+    return randomised(build_encoder(name, TOKENS, **SMALL[name] | CASES[case] | {"causal": True} | more))
+
+
+@torch.inference_mode()
+def stream(model, x):
+    """All outputs, one step at a time, and the bytes of the state after each."""
+    state, outputs, sizes = model.initial_state(len(x)), [], []
+    for t in range(x.shape[1]):
+        h, state = model.step(x[:, t], state)
+        outputs.append(h)
+        sizes.append(sum(part.nbytes for part in tensors(state)))
+    return torch.stack(outputs, 1), sizes
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_hundreds_of_tokens(case):
-    name = case.removesuffix("-s4d").removesuffix("-chunk") if case != "mega-chunk" else case
-    options = SMALL[name] | CASES[case] | {"causal": True}
-    model = randomised(build_encoder(name, TOKENS, **options))
-    x = inputs(TOKENS, batch=2, length=LONG)
-    with torch.no_grad():
-        whole, _ = model(x)
-        state, sizes = model.initial_state(2), []
-        for t in range(LONG):
-            h, state = model.step(x[:, t], state)
-            torch.testing.assert_close(h, whole[:, t], rtol=1e-8, atol=1e-8)
-            sizes.append(sum(part.numel() for part in tensors(state)))
-    assert sizes[60:] and max(sizes[60:]) <= max(sizes[:60]), "the state stopped growing long ago"
+    model, x = causal(case), inputs(TOKENS, batch=2, length=LONG)
+    outputs, sizes = stream(model, x)
+    torch.testing.assert_close(outputs, model(x)[0], rtol=1e-8, atol=1e-8)
+    assert max(sizes[60:]) <= max(sizes[:60]), "the state stopped growing long ago"
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_tokens():
+    """The model with the cheapest step, since each token costs a call from Python."""
+    model, x = causal("seqboat", layers=1), inputs(TOKENS, batch=1, length=100_000)
+    outputs, sizes = stream(model, x)
+    torch.testing.assert_close(outputs, model(x)[0], rtol=1e-8, atol=1e-8)
+    assert max(sizes[1_000:]) <= max(sizes[:1_000])
+
+
+def test_the_script_that_streams_on(tmp_path):
+    out = tmp_path / "streaming.json"
+    assert streaming.main(["mega-chunk", "--tokens", "150", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["tokens"] == 150 and row["largest_deviation"] < 1e-12 < row["largest_output"]
+    assert set(streaming.MODELS) <= {name.removesuffix("-s4d") for name in CASES}
+    with pytest.raises(SystemExit):
+        streaming.main(["mega"])
 
 
 def test_the_quadratic_baseline_does_grow():

@@ -12,6 +12,7 @@ from longseq_tutorial.training.batches import (
     epoch_batches,
     evaluation_batches,
     generator,
+    round_length,
     to_device,
     training_batches,
 )
@@ -125,6 +126,20 @@ def test_pairs_are_batched_by_their_longer_side() -> None:
     )
     seen = sum(len(batch.label) for batch in evaluation_batches(split, 8))
     assert seen == len(split)
+
+
+def test_a_compiler_sees_few_lengths() -> None:
+    assert [round_length(n, 40) for n in (1, 2, 3, 5, 6, 7, 9, 13, 17, 25, 33, 40, 50)] == [
+        *(1, 2, 3, 6, 6, 8, 12, 16, 24, 32, 40, 40, 50)
+    ]
+    options = dict(batch=8, seed=0, stop=20)
+    plain, padded = (list(training_batches(tiny.task(), few_lengths=few, **options)) for few in (False, True))
+    assert len({pieces[0].x.shape[1] for pieces in padded}) < len({pieces[0].x.shape[1] for pieces in plain})
+    for (a,), (b,) in zip(plain, padded, strict=True):
+        length = a.x.shape[1]
+        assert b.x.shape == b.mask.shape == (8, round_length(length, 23))
+        assert same(a, Batch(b.x[:, :length], b.mask[:, :length], b.label))
+        assert not b.mask[:, length:].any() and b.mask.dtype == torch.bool and not b.x[:, length:].any()
 
 
 def test_answer_calls_a_model_of_sequences_and_one_of_pairs() -> None:

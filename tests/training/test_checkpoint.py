@@ -87,12 +87,13 @@ def test_the_last_two_are_kept(tmp_path: Path) -> None:
     assert not checkpoint.exists(tmp_path)
 
 
-@pytest.mark.parametrize("call", range(8))
+@pytest.mark.parametrize("call", range(14))
 def test_a_crash_in_any_system_call_of_a_save_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
+    monkeypatch.setattr(checkpoint, "LARGEST", 200_000 + 600)
     for update in (1, 2):
-        checkpoint.save(tmp_path, {"x": torch.tensor(update)}, {"update": update})
+        checkpoint.save(tmp_path, {**big(update), "x": torch.tensor(update)}, {"update": update})
     count = 0
 
     def dying(original: Any) -> Any:
@@ -109,9 +110,10 @@ def test_a_crash_in_any_system_call_of_a_save_leaves_a_whole_checkpoint(
         for name in ("replace", "fsync", "open"):
             patch.setattr(os, name, dying(getattr(os, name)))
         try:
-            checkpoint.save(tmp_path, {"x": torch.tensor(3)}, {"update": 3})
+            checkpoint.save(tmp_path, {**big(3), "x": torch.tensor(3)}, {"update": 3})
         except KeyboardInterrupt:
             pass
+    assert (count <= call) == (call == 13), "the last of these crashes would come after the save"
     tensors, state, warning = checkpoint.load(tmp_path)
     assert state["update"] == tensors["x"].item() and state["update"] in (2, 3) and warning == ""
 
@@ -132,6 +134,63 @@ def broken(path: Path, how: str) -> None:
         data = bytearray(b"this is no checkpoint at all")
     assert bytes(data) != path.read_bytes()
     path.write_bytes(data)
+
+
+def big(update: int) -> dict[str, torch.Tensor]:
+    """Three tensors of 400 bytes, the last of which never changes."""
+    names = ("model.a", "optimizer.a.exp_avg", "best.a")
+    return {name: torch.full((100,), float(update if name != "best.a" else 0)) for name in names}
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "LARGEST", 200_000 + 600)
+
+
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint.part-*"))
+
+
+def test_what_does_not_fit_one_file_lies_in_several(tmp_path: Path, small_files: None) -> None:
+    for update in (1, 2, 3):
+        checkpoint.save(tmp_path, big(update), {"update": update})
+        tensors, state, warning = checkpoint.load(tmp_path)
+        assert state == {"update": update} and warning == ""
+        assert tensors.keys() == big(update).keys()
+        assert all(torch.equal(tensors[name], value) for name, value in big(update).items())
+    assert len(parts(tmp_path)) == 4, "model and moments of the last two; what is older is gone"
+    assert max(path.stat().st_size for path in tmp_path.iterdir()) < 1_500
+    checkpoint.save(tmp_path, {"x": torch.zeros(1)}, {})  # the next run may be small
+    checkpoint.save(tmp_path, {"x": torch.zeros(1)}, {})
+    assert not parts(tmp_path)
+    checkpoint.save(tmp_path, big(4), {})
+    checkpoint.remove(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unchanged_parts_are_not_written_again(tmp_path: Path, small_files: None) -> None:
+    ordered = dict(sorted(big(1).items()))  # the best weights first: a part, not the last file
+    checkpoint.save(tmp_path, ordered, {})
+    before = {path.name: path.stat().st_mtime_ns for path in parts(tmp_path)}
+    checkpoint.save(tmp_path, dict(sorted(big(2).items())), {})
+    after = {path.name: path.stat().st_mtime_ns for path in parts(tmp_path)}
+    assert len(before.keys() & after.keys()) == 2 and all(after[name] == time for name, time in before.items())
+
+
+def test_a_lost_or_broken_part_means_the_previous_checkpoint(tmp_path: Path, small_files: None) -> None:
+    checkpoint.save(tmp_path, big(1), {"update": 1})
+    old = parts(tmp_path)
+    checkpoint.save(tmp_path, big(2), {"update": 2})
+    new = [path for path in parts(tmp_path) if path not in old]
+    new[0].write_bytes(new[0].read_bytes()[:-1])
+    tensors, state, warning = checkpoint.load(tmp_path)
+    assert state == {"update": 1} and "corrupt" in warning and tensors["model.a"][0] == 1
+    new[0].unlink()
+    assert checkpoint.load(tmp_path)[1] == {"update": 1}
+    for path in old:
+        path.unlink()
+    with pytest.raises(CheckpointError, match="without --resume"):
+        checkpoint.load(tmp_path)
 
 
 HOW = ["empty", "truncated", "header only", "a flipped bit", "a changed counter", "text"]

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from longseq_tutorial.training import (
     checkpoint,
     evaluate,
     fit,
+    load_run,
     loop,
 )
 from longseq_tutorial.training.run import Progress
@@ -56,17 +59,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
 
 @pytest.mark.parametrize("model", models.NAMES)
 def test_every_model_learns(tmp_path: Path, model: str) -> None:
-    small = {"dim": 16, "layers": 1, "ffn_dim": 16, "head_dim": 16}
-    overrides = {
-        "mega": tiny.SMALL,
-        "mega-chunk": {**tiny.SMALL, "chunk": 8},
-        "seqboat": {key: value for key, value in tiny.SMALL.items() if key != "ffn_dim"} | {"window": 8},
-        "longvq": {**tiny.SMALL, "codes": 8, "window": 4},
-        "fastrpb": {**small, "heads": 2, "qkv_dim": 16, "max_positions": 32},
-        "spade": {**small, "heads": 2, "state": 8, "window": 8},
-        "transformer": {**small, "heads": 2},
-    }[model]
-    recipe = tiny.recipe(model=model, overrides=overrides, epochs=10, augment=False)
+    recipe = tiny.recipe(model=model, overrides=tiny.MODELS[model], epochs=10, augment=False)
     record = train(tmp_path, tiny.task(300), recipe=recipe)
     assert record.test["accuracy"] > 0.9, "the commonest of three tokens is easy"
     assert record.history[0]["valid"]["accuracy"] < 0.7, "the first row is measured before training"
@@ -101,6 +94,76 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(
 
     assert untimed(whole) == untimed(resumed)
     assert not checkpoint.exists(tmp_path / "parts" / whole.name), "a finished run needs no checkpoint"
+
+
+@pytest.mark.parametrize("model", sorted(set(models.NAMES) - {"mega", "transformer"}))
+def test_every_model_goes_on_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """Noise, codebooks, batch statistics: whatever a model remembers, a resumed run remembers."""
+    more = {"seqboat": {"norm": "batchnorm", "prenorm": True}, "longvq": {"codes": 24, "decay": 0.5}}
+    overrides = {**tiny.MODELS[model], "dropout": 0.1, **more.get(model, {})}
+    recipe = tiny.recipe(model=model, overrides=overrides, epochs=2, warmup=1, select="best")
+    whole = train(tmp_path / "whole", recipe=recipe)
+    for update in (0, 9):  # one before any codebook has settled, one in the middle of the second epoch
+        with monkeypatch.context() as patch:
+            stop_at(patch, update)
+            with pytest.raises(Unfinished):
+                train(tmp_path / "parts", recipe=recipe, resume=True)
+    resumed = train(tmp_path / "parts", recipe=recipe, resume=True)
+    name = f"tiny-{model}-test-seed0"
+    assert resumed.sessions == 3 and resumed.test == whole.test
+    assert same(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name))
+    if model == "longvq":
+        assert weights(tmp_path / "parts", name)["encoder.layers.0.longvq.attention.quantizer.draws"] > 2, "codes died"
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """torch.compile without code generation, which would take a C++ compiler and its time. Notes what it was given."""
+    original, seen = torch.compile, []
+
+    def compile(model: torch.nn.Module, **options: Any) -> Any:
+        seen.append(model)
+        return original(model, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return seen
+
+
+def test_a_compiled_model_is_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compiler: list[Any]
+) -> None:
+    small = {"model": "transformer", "overrides": tiny.MODELS["transformer"], "epochs": 1, "augment": False}
+    name = "tiny-transformer-test-seed0"
+    plain = train(tmp_path / "plain", recipe=tiny.recipe(**small))
+    assert not quick_compiler
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Unfinished):
+            train(tmp_path / "compiled", recipe=tiny.recipe(**small, compile=True))
+    names = checkpoint.load(tmp_path / "compiled" / name)[0]
+    assert "model.head.out.weight" in names and not any("_orig_mod" in key for key in names)
+    compiled = train(tmp_path / "compiled", recipe=tiny.recipe(**small, compile=True), resume=True)
+    assert len(quick_compiler) == 2, "one for each session"
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "something was compiled"
+    assert compiled.test["loss"] == pytest.approx(plain.test["loss"], rel=1e-3)
+    assert weights(tmp_path / "compiled", name).keys() == weights(tmp_path / "plain", name).keys()
+    model, _ = load_run(tmp_path / "compiled" / name)
+    with models.record(model) as tape:
+        model(torch.ones(1, 5, dtype=torch.int64))
+    assert tape.names("weights")
+
+
+def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found.\nAnd much more about it.")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, **options, backend=refusing))
+    recipe = tiny.recipe(model="transformer", overrides=tiny.MODELS["transformer"], compile=True)
+    said = r"torch.compile failed: .*No working C\+\+ compiler.*compile=false"
+    with pytest.raises(RecipeError, match=said) as caught:
+        train(tmp_path, recipe=recipe)
+    assert "\n" not in str(caught.value)
 
 
 # Every evaluation has four batches: number 11 is in the validation after update 16, number 22 in the test.
@@ -257,6 +320,39 @@ def test_numbers_that_break_are_named_and_never_enter_the_weights(
     assert all(t.isfinite().all() for t in tensors.values())
 
 
+@pytest.mark.parametrize(
+    ("model", "layer"),
+    [
+        ("mega", "mega.ema"),
+        ("mega-chunk", "mega.attention.v_proj"),
+        ("seqboat", "attention.mx_proj"),
+        ("longvq", "longvq.mx_proj"),
+        ("fastrpb", "qkv"),
+        ("spade", "global_branch"),
+        ("transformer", "fc1"),
+    ],
+)
+def test_where_numbers_break_is_named_in_every_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, layer: str
+) -> None:
+    original = loop.train_update
+
+    def breaking(run: Any, pieces: list[Batch]) -> list[float]:
+        if run.progress.update == 2:
+            broken = run.bare_model.encoder.layers[-1].get_submodule(layer)
+            broken.register_forward_hook(lambda module, inputs, output: output * torch.inf)
+        return original(run, pieces)
+
+    monkeypatch.setattr(loop, "train_update", breaking)
+    recipe = tiny.recipe(model=model, overrides=tiny.MODELS[model], epochs=1)
+    with pytest.raises(NonFiniteError, match=r"^update 2: ") as caught:
+        train(tmp_path, recipe=recipe, save_every=0)
+    named = re.search(
+        r"the output of encoder\.layers\.\d\.([a-z_.0-9]+) \(\w+\) has [\d,]+ of [\d,]+ numbers", str(caught.value)
+    )
+    assert named and named[1] == layer
+
+
 def test_bf16_trains_and_leaves_float32(tmp_path: Path) -> None:
     record = train(tmp_path, tiny.task(300), recipe=tiny.recipe(precision="bf16", epochs=6, augment=False))
     assert record.test["accuracy"] > 0.8
@@ -300,6 +396,24 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="choose --out"):
         train(tmp_path / "file")
+
+
+def test_processor_time_is_counted_through_all_sessions(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(Unfinished):
+            train(tmp_path, max_seconds=0, resume=True)
+    before = checkpoint.load(tmp_path / "tiny-mega-test-seed0")[1]["progress"]["cpu_seconds"]
+    started = time.process_time()
+    record = train(tmp_path, resume=True)
+    assert 0 < before < record.cpu_seconds <= before + time.process_time() - started
+
+
+def test_progress_tells_throughput_memory_and_the_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tiny.recipe(epochs=1), out=tmp_path, task=tiny.task(), progress=True, cpu=True)
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert re.search(r"8/8 \[\d\d:\d\d, \d\d:\d\d left, .*update.*, loss \d.*, \d+ sequences/s, \d+\.\d\d GB", last), (
+        last
+    )
 
 
 def test_every_field_of_progress_survives(tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ def test_a_record_holds_what_it_should(run: tuple[Path, Record]) -> None:
     assert record.history[-1]["train"].keys() == record.history[-1]["valid"].keys() == {"loss", "accuracy"}
     assert record.weights_of == {"update": 8, "rule": "last"}
     assert "made by a test" in str(record)
+    assert record.cpu_seconds > 0
+
+
+def test_records_from_before_processor_time_was_counted_can_be_read(run: tuple[Path, Record], tmp_path: Path) -> None:
+    path = copied(run, tmp_path)
+    change(path, cpu_seconds="gone")
+    assert read_record(path).cpu_seconds == 0.0
 
 
 @pytest.mark.parametrize("ending", [".json", ".safetensors", ""])

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import random
 import signal
 import subprocess
@@ -167,23 +166,3 @@ def test_killed_at_random_moments(data: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp")), "what a killed save left is cleared up"
     record = json.loads(done.read_text())
     assert record["updates"] == updates and record["history"][-1]["update"] == updates
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(data: Path, tmp_path: Path) -> None:
-    """`accelerate launch` with two CPU processes: each takes half of every batch."""
-    assert train.main([*arguments(data, tmp_path / "one"), "model.dropout=0.0"]) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "-m", "longseq_tutorial.train", *arguments(data, tmp_path / "two"), "model.dropout=0.0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / n / f"{NAME}.json").read_text()) for n in ("one", "two"))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert len(one["history"]) == len(two["history"]) > 2
-    for alone, shared in zip(one["history"], two["history"], strict=True):
-        for part in ("train", "valid"):
-            if alone[part]:
-                assert shared[part]["loss"] == pytest.approx(alone[part]["loss"], rel=1e-4)
-    assert two["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-4)

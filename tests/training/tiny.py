@@ -10,6 +10,17 @@ from longseq_tutorial.training import Recipe
 
 SMALL = {"dim": 16, "layers": 1, "z_dim": 8, "v_dim": 16, "ffn_dim": 16, "n": 4, "head_dim": 16}
 
+_OTHER = {"dim": 16, "layers": 1, "ffn_dim": 16, "head_dim": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "mega": SMALL,
+    "mega-chunk": {**SMALL, "chunk": 8},
+    "seqboat": {key: value for key, value in SMALL.items() if key != "ffn_dim"} | {"window": 8},
+    "longvq": {**SMALL, "codes": 8, "window": 4},
+    "fastrpb": {**_OTHER, "heads": 2, "qkv_dim": 16, "max_positions": 32},
+    "spade": {**_OTHER, "heads": 2, "state": 8, "window": 8},
+    "transformer": {**_OTHER, "heads": 2},
+}
+
 
 def split(count: int, seed: int, longest: int = 23) -> Split:
     rng = np.random.default_rng(seed)
