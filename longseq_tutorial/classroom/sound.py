@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import wave
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longseq_tutorial.tasks import Split, fsdd
+from longseq_tutorial.tasks import Split, collate, fsdd
 from longseq_tutorial.tasks.base import REPOSITORY_DATA
 from longseq_tutorial.tasks.speech import normalised
 
@@ -47,6 +47,17 @@ def probabilities(model: Classifier, x: Tensor) -> Tensor:
     return answer[0] if x.dim() == 1 else answer
 
 
+def answers(model: Classifier, clips: Sequence[Tensor], batch: int = 10) -> Tensor:
+    """The logits of many clips of any lengths, `(n, classes)`, in their order. Clips of like length go together."""
+    order = sorted(range(len(clips)), key=lambda i: len(clips[i]))
+    logits = []
+    with torch.no_grad():
+        for start in range(0, len(order), batch):
+            together = collate([(clips[i], 0) for i in order[start : start + batch]])
+            logits.append(model(together.x, together.mask))
+    return torch.cat(logits)[torch.tensor(order).argsort()]
+
+
 def occlusion(model: Classifier, x: Tensor, window: int, hop: int) -> tuple[Tensor, Tensor]:
     """How much each stretch of a clip matters for the answer: silence it, and see how far the answer's logit falls.
 
@@ -62,6 +73,35 @@ def occlusion(model: Classifier, x: Tensor, window: int, hop: int) -> tuple[Tens
         logits = model(batch, torch.ones_like(batch, dtype=torch.bool))
     score = (logits - logits.mean(-1, keepdim=True))[:, logits[0].argmax()]
     return starts + window // 2, score[0] - score[1:]
+
+
+def contributions(model: Classifier, x: Tensor, steps: int = 1) -> Tensor:
+    """What each sample of a clip adds to the score of its answer: sample times gradient, `(L,)`.
+
+    The score is that of `occlusion`, the logit of the class that the clip is given, relative to the mean over all
+    classes. With one step this is the first order: if the model were linear, a stretch's sum would be exactly how far
+    the score falls when it is silenced. With more steps the gradient is the mean of that many on the straight way from
+    silence to the clip (integrated gradients: Sundararajan, Taly and Yan, ICML 2017); then the sum over the whole clip
+    tends to the whole difference between the clip's score and silence's, linear or not.
+    """
+    if steps < 1:
+        raise ValueError(f"wanted at least one step from silence to the clip; got {steps}.")
+    real = torch.ones(steps, len(x), dtype=torch.bool)
+    with torch.no_grad():
+        answer = int(model(x[None], real[:1]).argmax())
+    share = (torch.arange(steps, dtype=x.dtype) + 0.5) / steps if steps > 1 else x.new_ones(1)
+    heard = (share[:, None] * x.detach()).requires_grad_()
+    with torch.enable_grad():
+        logits = model(heard, real)
+        (gradient,) = torch.autograd.grad((logits[:, answer] - logits.mean(1)).sum(), heard)
+    return gradient.mean(0) * x
+
+
+def delayed(x: Tensor, samples: int) -> Tensor:
+    """A clip `(L,)` with so many samples of silence before it; with a negative number it loses its first ones."""
+    if samples <= -len(x):
+        raise ValueError(f"wanted at least one of {len(x)} samples to stay; got a shift by {samples}.")
+    return x[-samples:] if samples < 0 else torch.cat([x.new_zeros(samples), x])
 
 
 def mix(x: Tensor, noise: Tensor, decibels: float) -> Tensor:

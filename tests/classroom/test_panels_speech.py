@@ -50,6 +50,20 @@ def test_the_same_setting_says_the_same(panel):
     assert panel.set(noise=20).set(noise=3).say() == said
 
 
+def test_several_models_to_choose_from():
+    deaf = lambda x, mask: torch.tensor([[1.0, 0.0]]).expand(len(x), -1)  # noqa: E731
+    tone = 0.1 * torch.sin(torch.arange(900) / 5)
+    panel = Listening({"ear": Loudness(), "stone": deaf}, [(tone, 1)], WORDS)
+    assert "ear hears 'loud'" in panel.say()
+    assert "stone hears 'quiet'" in panel.set(model="stone").say() and panel.error is None
+    with pytest.raises(ValueError, match="model wants one of"):
+        panel.set(model="eye")
+    with pytest.raises(ValueError, match="at least one; got none"):
+        Listening({}, [(tone, 1)], WORDS)
+    with pytest.raises(ValueError, match="each of the 3 class names"):
+        Listening({"ear": Loudness()}, [(tone, 1)], ("a", "b", "c"))
+
+
 def test_takes_a_split_and_names():
     clips, names = real_clips()
     ten = nn.AdaptiveAvgPool1d(10)

@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longseq_tutorial.classroom.sound import mix, occlusion, player, probabilities, real_clips
+from longseq_tutorial.classroom.sound import (
+    answers,
+    contributions,
+    delayed,
+    mix,
+    occlusion,
+    player,
+    probabilities,
+    real_clips,
+)
 from longseq_tutorial.tasks import fsdd
 from longseq_tutorial.tasks.base import REPOSITORY_DATA, DataNotFound
 
@@ -70,6 +79,60 @@ def test_probabilities_of_one_clip_and_of_several():
     assert several.shape == (3, 2)
     assert torch.allclose(several[1], probabilities(energy_model, x[1]))
     assert torch.allclose(several.sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_answers_come_in_the_order_of_the_clips(batch):
+    def model(x, mask):
+        return torch.stack([mask.sum(1), (x * mask).sum(1)], dim=1)
+
+    clips = [torch.full((length,), float(length)) for length in (5, 1, 9, 2, 2, 7)]
+    logits = answers(model, clips, batch)
+    assert logits[:, 0].tolist() == [5, 1, 9, 2, 2, 7]
+    assert logits[:, 1].tolist() == [25, 1, 81, 4, 4, 49]
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_contributions_of_a_linear_model_are_what_silencing_costs(length):
+    weight = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def model(x, mask):
+        return (x * mask) @ weight[: x.shape[1]]
+
+    x = torch.randn(length, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = contributions(model, x)
+    logits = model(x[None], torch.ones(1, length, dtype=torch.bool))[0]
+    assert found.shape == x.shape and not found.requires_grad and not x.requires_grad
+    assert torch.allclose(found.sum(), logits.max() - logits.mean())
+    middles, falls = occlusion(model, x, 4, 2)
+    sums = torch.stack([found[max(0, m - 2) : m + 2].sum() for m in middles.tolist()])
+    assert torch.allclose(sums, falls)
+    assert torch.allclose(contributions(model, x, steps=5), found)
+
+
+def test_on_the_way_from_silence_contributions_add_up():
+    x = torch.randn(50, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    logits = energy_model(x[None], None)[0]
+    wanted = logits.max() - logits.mean()  # silence has none
+    assert torch.allclose(contributions(energy_model, x, steps=4).sum(), wanted)
+    assert torch.allclose(contributions(energy_model, x).sum(), 2 * wanted)  # the slope of a square at its end
+    with pytest.raises(ValueError, match="at least one step from silence to the clip; got 0"):
+        contributions(energy_model, x, steps=0)
+
+
+def test_contributions_work_without_gradients_switched_on():
+    with torch.no_grad():
+        found = contributions(energy_model, torch.ones(10))
+    assert torch.equal(found, torch.tensor([1.0] * 5 + [-1.0] * 5))  # 2 x**2 / 2 each, for and against
+
+
+def test_delayed():
+    x = torch.tensor([1.0, 2.0, 3.0])
+    assert delayed(x, 2).tolist() == [0, 0, 1, 2, 3]
+    assert delayed(x, 0).tolist() == [1, 2, 3]
+    assert delayed(x, -2).tolist() == [3]
+    with pytest.raises(ValueError, match="at least one of 3 samples to stay; got a shift by -3"):
+        delayed(x, -3)
 
 
 @settings(max_examples=25, deadline=None)

@@ -309,3 +309,56 @@ def _left(sequences: Sequences) -> tuple[Tensor, Tensor]:
 
 def _shortest(sequences: Sequences) -> tuple[Tensor, Tensor]:
     return pad(tuple(s[: min(map(len, sequences))] for s in sequences))
+
+
+# ------------------------------------------------------------------ exercise 5: neighbours in a picture, steps apart
+
+
+def raster_steps(path: Tensor, columns: int) -> Tensor:
+    """For each two points of a path that follow each other, how many steps of the sequence lie between them.
+
+    path: int64 (points, 2), as (row, column); columns: of the picture. Returns int64 (points - 1,).
+    """
+    return _steps(path, columns).diff().abs()
+
+
+def check_raster_steps(candidate: Callable[..., Any]) -> Verdict:
+    """`raster_steps(path, columns) -> int64 (points - 1,)`."""
+    bent = torch.tensor([[0, 3], [1, 3], [2, 4], [2, 2], [1, 0], [1, 6], [5, 6]])
+    generator = torch.Generator().manual_seed(0)
+    far = torch.stack([torch.randint(0, size, (9,), generator=generator) for size in (11, 32)], dim=1)
+    return check(
+        candidate,
+        raster_steps,
+        name="raster_steps",
+        cases=[(bent, 7), (far, 32), (torch.tensor([[0, 0], [127, 127]]), 128), (torch.tensor([[2, 2]]), 5)],
+        suspects={
+            "rows and columns are exchanged: a step of one row is `columns` steps of the sequence": (
+                lambda path, columns: raster_steps(path.flip(1), columns)
+            ),
+            "this is the distance in the picture (Pythagoras), which the sequence knows nothing of": (
+                lambda path, columns: path.diff(dim=0).double().norm(dim=1)
+            ),
+            "this counts rows and columns alike: a step of one row is `columns` steps of the sequence": (
+                lambda path, columns: path.diff(dim=0).abs().sum(1)
+            ),
+            "the rows' part and the columns' part each lost their sign before they were added": (
+                lambda path, columns: (path.diff(dim=0).abs() * torch.tensor([columns, 1])).sum(1)
+            ),
+            "the sign is still there: wanted is how far, not which way": (
+                lambda path, columns: _steps(path, columns).diff()
+            ),
+            "these are distances from the path's first point; wanted are those from each point to the next": (
+                lambda path, columns: (_steps(path, columns) - _steps(path, columns)[0])[1:].abs()
+            ),
+            "the columns are left out: this is how many steps the rows alone make": (
+                lambda path, columns: path[:, 0].diff().abs() * columns
+            ),
+            "these are the points' places in the sequence; wanted is how far each is from the next": _steps,
+        },
+        verified="What stands side by side in a picture stands a row apart in the sequence.",
+    )
+
+
+def _steps(path: Tensor, columns: int) -> Tensor:
+    return path[:, 0] * columns + path[:, 1]

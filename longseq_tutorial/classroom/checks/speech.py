@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longseq_tutorial.classroom.exercises import Verdict, check
+from longseq_tutorial.classroom.filters import centre_and_width, half_rate
 from longseq_tutorial.classroom.sound import mix
 from longseq_tutorial.models.parts import mean_pool
 
@@ -192,4 +193,122 @@ def check_mix(candidate: Callable[..., Any]) -> Verdict:
             ),
         },
         verified="10 dB more is a third of the noise's level, 20 dB a tenth.",
+    )
+
+
+# ------------------------------------------------------------------ exercise 4: where a filter listens
+
+_BANK_CASES = [  # float32, as learned filters are: places of a maximum times a number are float32 in torch
+    (_normal(filters, taps, dtype=torch.float32), rate)
+    for filters, taps, rate in ((5, 40, 8_000), (3, 16, 16_000), (1, 2, 100), (2, 1_024, 8_000))
+]
+
+
+def _spectrum(bank: Tensor) -> Tensor:
+    return torch.fft.rfft(bank, n=1_024).abs()
+
+
+def check_centre_and_width(candidate: Callable[..., Any]) -> Verdict:
+    """`centre_and_width(bank, rate) -> centre (D,), width (D,)`, in hertz, on a grid of `rate / 1024`."""
+
+    def judged(power: Callable[[Tensor], Tensor], unit: Callable[[float], float]) -> Callable[..., Any]:
+        def suspect(bank: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+            p, step = power(bank), unit(rate)
+            return p.argmax(-1) * step, p.sum(-1) / p.amax(-1) * step
+
+        return suspect
+
+    def squared(bank: Tensor) -> Tensor:
+        return _spectrum(bank).square()
+
+    def per_sample(rate: float) -> float:
+        return rate / 1_024
+
+    return check(
+        candidate,
+        lambda bank, rate: centre_and_width(bank, rate),
+        name="centre_and_width",
+        cases=_BANK_CASES,
+        gradients=False,
+        suspects={
+            "the width is measured on |H|; power is |H| squared": judged(_spectrum, per_sample),
+            "both are left in bins of the FFT; a bin is rate / 1024 hertz wide": judged(squared, lambda rate: 1.0),
+            "the grid is taken as rate / 513, the number of bins of rfft; they reach only up to rate / 2, so a bin is "
+            "rate / 1024": judged(squared, lambda rate: rate / 513),
+            "the filters are not padded with zeros to 1024, so the grid is as coarse as rate / K: rfft(bank, n=1024)": (
+                lambda bank, rate: _coarse(bank, rate)
+            ),
+            "the centre is the mean of the frequencies, weighted by power; wanted where the answer is strongest": (
+                lambda bank, rate: (_centroid(bank, rate), centre_and_width(bank, rate)[1])
+            ),
+            "the width is counted at half the largest power; wanted the sum of the power over its largest": (
+                lambda bank, rate: (centre_and_width(bank, rate)[0], _half_power(bank, rate))
+            ),
+            "the sum is divided by the largest power of all filters; each filter has its own": (
+                lambda bank, rate: (
+                    centre_and_width(bank, rate)[0],
+                    squared(bank).sum(-1) / squared(bank).max() * rate / 1_024,
+                )
+            ),
+            "the result is (width, centre); wanted (centre, width)": lambda bank, rate: centre_and_width(bank, rate)[
+                ::-1
+            ],
+        },
+        verified="The figure of the filter banks was measured with this.",
+    )
+
+
+def _coarse(bank: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    return centre_and_width(bank, rate, n=bank.shape[-1])
+
+
+def _centroid(bank: Tensor, rate: float) -> Tensor:
+    power = _spectrum(bank).square()
+    grid = torch.arange(power.shape[-1], dtype=power.dtype) * rate / 1_024
+    return (power * grid).sum(-1) / power.sum(-1)
+
+
+def _half_power(bank: Tensor, rate: float) -> Tensor:
+    power = _spectrum(bank).square()
+    return (power >= power.amax(-1, keepdim=True) / 2).sum(-1) * rate / 1_024
+
+
+# ------------------------------------------------------------------ exercise 5: half the samples
+
+_HALF_CASES = [
+    (_normal(3, 1, 8),),
+    (_normal(2, 3, 2),),
+    (_normal(4, 4, 40),),
+    (_normal(1, 1, 6, dtype=torch.float32),),
+]
+
+
+def check_half_rate(candidate: Callable[..., Any]) -> Verdict:
+    """`half_rate(bank (D, C, K)) -> (D, C, K / 2)`."""
+    return check(
+        candidate,
+        half_rate,
+        name="half_rate",
+        cases=_HALF_CASES,
+        suspects={
+            "every second tap is taken, and the other half of the filter thrown away; both taps of a pair meet the "
+            "same sample, so their sum counts": lambda bank: bank[..., ::2],
+            "every second tap is taken, the other one of each pair": lambda bank: bank[..., 1::2],
+            "every second tap is doubled; the two taps of a pair differ: sum them": lambda bank: 2 * bank[..., ::2],
+            "this is the mean of each pair; held samples come twice, so the taps add up": lambda bank: bank.unflatten(
+                -1, (-1, 2)
+            ).mean(-1),
+            "tap k is summed with tap k + K / 2, not with its neighbour": lambda bank: bank.unflatten(-1, (2, -1)).sum(
+                -2
+            ),
+            "all neighbours are summed, so pairs overlap: one result for every *two* taps": lambda bank: (
+                bank[..., :-1] + bank[..., 1:]
+            ),
+            "the pairs begin one tap too late: taps 0 and 1 are the first pair": lambda bank: (
+                bank.roll(-1, -1).unflatten(-1, (-1, 2)).sum(-1)
+            ),
+            "the second tap of a pair is subtracted; add it": lambda bank: bank[..., ::2] - bank[..., 1::2],
+            "only the first half of the filter is kept": lambda bank: bank[..., : bank.shape[-1] // 2],
+        },
+        verified="At half the stride these answer as the old ones do to samples held twice.",
     )

@@ -7,6 +7,7 @@ from longseq_tutorial.classroom.checks.long_range_arena import (
     check_evaluate,
     check_median,
     check_pad,
+    check_raster_steps,
 )
 from longseq_tutorial.classroom.exercises import assert_accepts, assert_rejects, assert_unsolved
 
@@ -286,3 +287,36 @@ def test_pad_rejects():
     }
     for words, function in wrong.items():
         assert_rejects(check_pad, function, words)
+
+
+# ------------------------------------------------------------------ 5: raster_steps
+
+
+def raster_steps(path, columns):
+    place = path[:, 0] * columns + path[:, 1]
+    return (place[1:] - place[:-1]).abs()
+
+
+def test_raster_steps_accepts_the_solution_and_another_way_to_write_it():
+    assert_accepts(check_raster_steps, raster_steps)
+    assert_accepts(
+        check_raster_steps,
+        lambda path, columns: (path.diff(dim=0) * torch.tensor([columns, 1])).sum(1).abs(),
+    )
+    assert_unsolved(check_raster_steps, stub)
+
+
+def test_raster_steps_rejects():
+    wrong = {
+        "exchanged": lambda path, columns: (path[:, 1] * columns + path[:, 0]).diff().abs(),
+        "Pythagoras": lambda path, columns: (path.diff(dim=0).double() ** 2).sum(1).sqrt(),
+        "rows and columns alike": lambda path, columns: path.diff(dim=0).abs().sum(1),
+        "lost their sign": lambda path, columns: path[:, 0].diff().abs() * columns + path[:, 1].diff().abs(),
+        "sign is still there": lambda path, columns: (path[:, 0] * columns + path[:, 1]).diff(),
+        "first point": lambda path, columns: ((path[1:, 0] - path[0, 0]) * columns + path[1:, 1] - path[0, 1]).abs(),
+        "columns are left out": lambda path, columns: columns * path[:, 0].diff().abs(),
+        "places in the sequence": lambda path, columns: path[:, 0] * columns + path[:, 1],
+        "return": lambda path, columns: None,
+    }
+    for words, function in wrong.items():
+        assert_rejects(check_raster_steps, function, words)

@@ -2,10 +2,17 @@
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from longseq_tutorial.classroom.checks.speech import check_mix, check_patches, check_pool
+from longseq_tutorial.classroom.checks.speech import (
+    check_centre_and_width,
+    check_half_rate,
+    check_mix,
+    check_patches,
+    check_pool,
+)
 from longseq_tutorial.classroom.exercises import assert_accepts, assert_rejects, assert_unsolved
 
 
@@ -124,3 +131,90 @@ def test_mix_rejects():
     }
     for words, function in wrong.items():
         assert_rejects(check_mix, function, words)
+
+
+# ------------------------------------------------------------------ 4: centre and width
+
+
+def power(bank, n=1024):
+    return torch.fft.fft(bank, n=n)[:, : n // 2 + 1].abs() ** 2
+
+
+def centre_and_width(bank, rate):
+    p = power(bank)
+    grid = torch.from_numpy(np.fft.rfftfreq(1024, 1 / rate)).to(bank)
+    best = p.max(dim=1)
+    return grid[best.indices], p.sum(1) / best.values * (rate / 1024)
+
+
+def test_centre_and_width_accepts_the_solution():
+    assert_accepts(check_centre_and_width, centre_and_width)
+    assert_unsolved(check_centre_and_width, stub)
+
+
+def test_centre_and_width_rejects():
+    def from_size(bank, rate):
+        p = power(bank).sqrt()
+        return p.argmax(1) * rate / 1024, p.sum(1) / p.amax(1) * rate / 1024
+
+    def on_grid(step, n=1024):
+        def wrong(bank, rate):
+            p = power(bank, n or bank.shape[1])
+            return p.argmax(1) * step(rate, bank), p.sum(1) / p.amax(1) * step(rate, bank)
+
+        return wrong
+
+    def centroid(bank, rate):
+        p = power(bank)
+        grid = torch.arange(513, dtype=p.dtype) * rate / 1024
+        return p @ grid / p.sum(1), centre_and_width(bank, rate)[1]
+
+    def half_power(bank, rate):
+        p = power(bank)
+        return p.argmax(1) * rate / 1024, (p / p.amax(1, keepdim=True) >= 0.5).sum(1) * rate / 1024
+
+    wrong = {
+        "power is |H| squared": from_size,
+        "left in bins": on_grid(lambda rate, bank: 1.0),
+        "number of bins of rfft": on_grid(lambda rate, bank: rate / 513),
+        "as coarse as rate / K": on_grid(lambda rate, bank: rate / bank.shape[1], n=None),
+        "weighted by power": centroid,
+        "counted at half": half_power,
+        "of all filters": lambda b, rate: (
+            centre_and_width(b, rate)[0],
+            power(b).sum(1) / power(b).max() * rate / 1024,
+        ),
+        "wanted (centre, width)": lambda b, rate: centre_and_width(b, rate)[::-1],
+    }
+    for words, function in wrong.items():
+        assert_rejects(check_centre_and_width, function, words)
+
+
+# ------------------------------------------------------------------ 5: half the rate
+
+
+def half_rate(bank):
+    return bank[..., ::2] + bank[..., 1::2]
+
+
+def test_half_rate_accepts_the_solution():
+    assert_accepts(check_half_rate, half_rate)
+    assert_accepts(check_half_rate, lambda bank: 2 * F.avg_pool1d(bank, 2))
+    assert_unsolved(check_half_rate, stub)
+
+
+def test_half_rate_rejects():
+    wrong = {
+        "the other half of the filter thrown away": lambda bank: bank[:, :, ::2],
+        "the other one of each pair": lambda bank: bank[:, :, 1::2],
+        "doubled": lambda bank: bank[:, :, ::2] + bank[:, :, ::2],
+        "the mean of each pair": lambda bank: F.avg_pool1d(bank, 2),
+        "tap k + K / 2": lambda bank: bank[..., : bank.shape[-1] // 2] + bank[..., bank.shape[-1] // 2 :],
+        "overlap": lambda bank: bank.unfold(-1, 2, 1).sum(-1),
+        "one tap too late": lambda bank: half_rate(torch.cat([bank[..., 1:], bank[..., :1]], dim=-1)),
+        "subtracted": lambda bank: bank[..., ::2] - bank[..., 1::2],
+        "first half of the filter": lambda bank: bank.chunk(2, dim=-1)[0],
+        "no gradient": lambda bank: half_rate(bank.detach()),
+    }
+    for words, function in wrong.items():
+        assert_rejects(check_half_rate, function, words)
