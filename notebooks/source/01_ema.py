@@ -649,7 +649,8 @@ show(
 # What brought most? The step from the FFT to products of 64 by 64. The second step is one that no formula shows: doing
 # the blocks *a megabyte at a time*. A result that is written to fresh memory has to be fetched from the system page by
 # page, and on many machines that takes longer than computing it; results that fit the processor's cache are there
-# already. What remains above the floor is mostly turning the channels of $x$ from the last axis to the first, and back;
+# already. (With more channels the package takes 64 of them at a time: each has tables of its own, which want to stay in the cache
+# as well.) What remains above the floor is mostly turning the channels of $x$ from the last axis to the first, and back;
 # and in short sequences the tables, whose price does not depend on the length.
 #
 # Three gifts come with the blocks: a state at every border, so a stream can be taken up anywhere; a backward pass that

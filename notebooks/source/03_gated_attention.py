@@ -482,7 +482,8 @@ print("bfloat16 throughout is at least 1.5 times worse:", errors[1] > 1.5 * erro
 # ## The fast version
 #
 # Now the loop disappears. The four projections of `s` become one matrix with the columns $[u \mid z \mid r \mid h]$, which is how
-# both the authors and the package store them (`mx_proj`): one large product instead of four.
+# both the authors and the package store them (`mx_proj`): one large product instead of four. (The package multiplies by the four
+# slices of that matrix all the same: what is cut apart on the way there has to be pieced together on the way back.)
 
 
 # %%
@@ -830,9 +831,16 @@ error = largest(in_tiles(q, k, v, rows), attend(q, k, v, function="laplace", bia
 print("in tiles = at once:", below(error, 1e-12), "- a tile is", 2**18 // 1100, "queries against 1100 keys")
 
 # %% [markdown]
-# Two things are left to do, and the package's `attend_in_tiles` does both. The way *back* needs the weights again, and keeping them would
-# mean keeping the map: so each tile is made once more when its turn comes, for one more product and one more erf
-# a pair; whether that pays, we shall measure. And softmax *without* a bias has a tiled form inside PyTorch, `scaled_dot_product_attention`. On a processor its lean
+# The way *back* needs the weights again, and keeping them would mean keeping the map: so each tile is made once more when its
+# turn comes, for one more product and one more erf a pair. The package has two forms of this:
+#
+# - **Rows of the bias**, as above, in `attend_in_tiles`: autograd makes a tile over again, and then goes back through it.
+#   Nothing of size $L \times L$ exists, and this is how a `GatedAttention` looks at a long sequence.
+# - **Two tiles of memory**, where the bias is a square that is there already, or missing: forward and backward are written
+#   out, each pass writes over one of the same two tiles, and no new memory is asked for. For laplace and relu² `attend` itself
+#   does that on a CPU, unless somebody wants to see the weights.
+#
+# And softmax *without* a bias has a tiled form inside PyTorch, `scaled_dot_product_attention`. On a processor its lean
 # kernel wants queries and values of one width, else it makes the whole map after all; Mega's values are wider than its
 # queries. Zeros help: a product with zeros is zero, so queries and keys may be widened at will, if the scale
 # $1/\sqrt z$ is the old one. Values and all gradients, the table's among them:
@@ -855,7 +863,7 @@ for name, bias_of in (("softmax", False), ("softmax", True), ("laplace", True), 
 # How far from the best possible is that? Measure a **floor** on this very machine: the time of a large matrix product
 # with as many operations, plus the time of as many erf (or exp) of numbers that lie in the cache. The $L(2z+2v)$ numbers
 # which must be read and written are next to nothing beside $L^2$ pairs. No program gets below it with float32 on one core. Left,
-# laplace with a bias; right, softmax without, where PyTorch's call stands as anybody would write it, and the same with zeros
+# laplace with a bias; right, softmax without, where PyTorch's call stands as anybody would write it, and with zeros
 # added. In both, look at which lines stay level as the map outgrows the cache, and at their distance from the dotted one.
 
 # %%
@@ -870,14 +878,27 @@ hard = {name: quickest(lambda f=f: f(tile), patience=0.03) / tile.numel() for na
 floor = {name: 2 * (Z_WIDE + V_WIDE) / operations_a_second + seconds for name, seconds in hard.items()}
 a_pass = {len(x): quickest(lambda x=x: x + 1, patience=0.03) / len(x) for x in (tile, whole)}  # one number, one pass
 table = RelativeBias(4096).requires_grad_(False)
+
+
+def zeros_added(q, k, v):
+    """Softmax by PyTorch's call, with queries as wide as the values. (B, L, z), (B, L, z), (B, L, v) -> (B, L, v)."""
+    q_wide, k_wide = (F.pad(x, (0, v.shape[-1] - x.shape[-1])).unsqueeze(1) for x in (q, k))  # its kernel wants heads
+    return F.scaled_dot_product_attention(q_wide, k_wide, v.unsqueeze(1), scale=q.shape[-1] ** -0.5).squeeze(1)
+
+
+laplace_attention = partial(attend, function="laplace")
 ways = {
-    ("laplace", "whole map"): lambda *qkv: attend(*qkv, function="laplace", bias=table(qkv[0].shape[1])),
-    ("laplace", "in tiles"): lambda *qkv: attend_in_tiles(
+    ("laplace", "whole map"): lambda *qkv: laplace_attention(
+        *qkv, bias=table(qkv[0].shape[1]), on_weights=lambda weights: weights
+    ),
+    ("laplace", "tiles, rows of the bias"): lambda *qkv: attend_in_tiles(
         *qkv, function="laplace", bias=partial(table.rows, length=qkv[0].shape[1])
     ),
+    ("laplace", "two tiles of memory"): lambda *qkv: laplace_attention(*qkv, bias=table(qkv[0].shape[1])),
     ("softmax", "whole map"): attend,
     ("softmax", "PyTorch's call"): F.scaled_dot_product_attention,
-    ("softmax", "the same, zeros added"): attend_in_tiles,
+    ("softmax", "the same, zeros added"): zeros_added,
+    ("softmax", "two tiles of memory"): attend_in_tiles,
 }
 inputs = {n: [torch.randn(1, n, width) for width in (Z_WIDE, Z_WIDE, V_WIDE)] for n in lengths}
 a_pair = {way: [quickest(partial(f, *inputs[n]), patience=0.03) / n**2 for n in lengths] for way, f in ways.items()}
@@ -897,62 +918,71 @@ for ax, name in zip(axes, ("laplace", "softmax"), strict=True):
     ax.xaxis.minorticks_off()
     ax.legend(fontsize="small")
 axes[0].set(ylabel="nanoseconds for each pair", ylim=(0, None))
-tiles, zeros, plain = (
-    a_pair["laplace", "in tiles"],
-    a_pair["softmax", "the same, zeros added"],
-    ("softmax", "whole map"),
-)
+laplace_map, rows_times, two_tiles, _, torch_call, _, own_tiles = a_pair.values()
+bytes_map, bytes_rows, bytes_two, _, bytes_torch, bytes_zeros, bytes_own = held.values()
 facts = {
     "one pass over a fresh map of 64 MiB takes at least twice as long, for each number, as over a tile": (
         a_pass[2**24] > 2 * a_pass[2**18]
     ),
-    "laplace at 4,096, tiles are faster than the whole map": tiles[-1] < a_pair["laplace", "whole map"][-1],
-    "and within six times of the floor": tiles[-1] < 6 * floor["laplace"],
-    "from 1,024 to 4,096 a pair in tiles does not become dearer by half": tiles[-1] < 1.5 * tiles[1],
-    "softmax at 4,096, adding zeros makes PyTorch's call faster": zeros[-1] < a_pair["softmax", "PyTorch's call"][-1],
-    "and its memory less than a quarter": held["softmax", "the same, zeros added"]
-    < held["softmax", "PyTorch's call"] / 4,
-    "laplace in tiles holds less than a tenth of what the whole map does": held["laplace", "in tiles"]
-    < held["laplace", "whole map"] / 10,
+    "laplace at 4,096, both forms in tiles are faster than the whole map": max(rows_times[-1], two_tiles[-1])
+    < laplace_map[-1],
+    "and within six times of the floor": max(rows_times[-1], two_tiles[-1]) < 6 * floor["laplace"],
+    "writing over two tiles is the faster one": two_tiles[-1] < rows_times[-1],
+    "from 1,024 to 4,096 a pair in tiles does not become dearer by half": rows_times[-1] < 1.5 * rows_times[1]
+    and two_tiles[-1] < 1.5 * two_tiles[1],
+    "rows of the bias hold less than a tenth of what the whole map does": bytes_rows < bytes_map / 10,
+    "two tiles, beside the square of the bias, less than a third": bytes_two < bytes_map / 3,
+    "softmax at 4,096, two tiles are faster than PyTorch's call": own_tiles[-1] < torch_call[-1],
+    "they, and the zeros too, take less than a quarter of its memory": max(bytes_own, bytes_zeros) < bytes_torch / 4,
 }
 show(
     fig,
     "Time for each pair of query and key against the length, queries of width 64 and values of width 256, one core, with the floor "
-    "as a dotted line. Left laplace, as a whole map and in tiles; right softmax, as a whole map, PyTorch's call, and the same with "
-    "zeros added. " + "; ".join(f"{fact}: {holds}" for fact, holds in facts.items()) + ".",
+    "as a dotted line. Left laplace, as a whole map, in tiles with rows of the bias, and in two tiles of memory; right softmax, as a "
+    "whole map, PyTorch's call, the same with zeros added, and in two tiles. "
+    + "; ".join(f"{fact}: {holds}" for fact, holds in facts.items())
+    + ".",
 )
 
 # %% [markdown]
-# Short sequences first, as they are the honest part: up to 512 positions the map *is* one tile, and where it is not much
-# larger, `attend` is hard to beat and tiles cost a little. As it grows the whole map climbs, and tiles stay level, a few times
-# above the floor. What brought most is no formula but **never touching the map as a whole**: a pass over a fresh map takes at
-# least twice as long for each number as one over a tile, and laplace makes half a dozen. What remains above the floor is
-# those passes, in the cache, and products of narrow tiles, which are slower than a large square one.
+# Left first. Up to 512 positions the map *is* one tile, and all forms are near each other. Where it is a few tiles large, the map
+# is hard to beat with rows of the bias. As it grows the whole map climbs, and tiles stay level, a few times above the
+# floor. What brought most is no formula but **never touching the map as a whole**: a pass over a fresh map takes at
+# least twice as long for each number as one over a tile, and laplace makes half a dozen. The lowest line asks for no new
+# memory even within a tile, and that pays once more. What remains above the floor is passes, in the cache, and products of
+# narrow tiles, which are slower than a large square one.
 #
 # On the right PyTorch's call makes the map, too, since the widths differ. With zeros added it becomes a tiled kernel, level like
-# ours on the left. Zeros are not free: they widen the first product from 64 to 256. At 4,096 they pay all the same.
+# ours on the left. But zeros are not free: they widen the first product from 64 to 256, and some of those on the way back. So
+# the package adds them on a GPU only; on a CPU its own two tiles serve softmax as well. (Softmax takes fewer passes than laplace,
+# so here the map itself does well for long, in time. In memory it does not.)
 #
 # And the way back? There each tile is made a second time. Count it, forward and backward together:
 
 # %%
 torch.set_num_threads(1)
-training = {}
-for way in (("laplace", "whole map"), ("laplace", "in tiles")):
+training, from_above = {}, torch.randn(1, 2048, V_WIDE)
+for way in list(ways)[:3]:
     leaves = [x.clone().requires_grad_() for x in inputs[2048]]
 
     def once(way=way, leaves=leaves):
-        torch.autograd.grad(ways[way](*leaves).sum(), leaves)
+        torch.autograd.grad(ways[way](*leaves), leaves, from_above)
 
-    training[way[1]] = quickest(once, patience=0), peak_memory(once)
+    training[way[1]] = quickest(once), peak_memory(once)
 torch.set_num_threads(threads)
-(whole_time, whole_bytes), (tile_time, tile_bytes) = training["whole map"], training["in tiles"]
-print("with the way back, 2,048 positions: tiles take less than twice the time:", tile_time < 2 * whole_time)
-print("and hold less than a fifth of the memory:", tile_bytes < whole_bytes / 5)
+whole_time, whole_bytes = training.pop("whole map")
+for name, most_time, most_bytes in (("tiles, rows of the bias", 3, 1 / 5), ("two tiles of memory", 2, 1 / 2)):
+    tile_time, tile_bytes = training[name]
+    print(f"{name}, with the way back, 2,048 positions, against the whole map:")
+    print(f"  less than {most_time} times the time: {tile_time < most_time * whole_time},", end=" ")
+    print(f"less than {fmt(most_bytes)} of the memory: {tile_bytes < most_bytes * whole_bytes}")
 
 # %% [markdown]
-# In time it is about even at this length: what is saved on the way there, the second making spends on the way back. In memory it is
-# not even at all. So `GatedAttention` attends in tiles unless told otherwise: time still grows like $L^2$, memory
-# like $L$. (When somebody records the weights, or drops some of them at random, they are made in one piece after all.)
+# In time nothing is won at this length: what is saved on the way there, the second making spends on the way back. In two tiles of
+# memory it comes out about even; with rows of the bias autograd's passes cost more than that. In memory it is not
+# even at all, and that is what decides on a long sequence: with rows of the bias, time still grows like $L^2$, memory
+# like $L$. So `GatedAttention` attends in tiles unless told otherwise. (When somebody records the weights, or drops some of them
+# at random, they are made in one piece after all.)
 
 # %% [markdown]
 # ## The panel

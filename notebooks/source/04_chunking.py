@@ -613,8 +613,9 @@ print("there and back, memory is more than five times as large:", held[OWN] > 5 
 # Right: the same formula, and yet a position becomes dearer in a long sequence. The count has not changed, but the scores of all
 # chunks, $Lc$ numbers in one tensor, have become so many that their memory is fetched from the system anew each time, page by
 # page. So the package hands over a **group** of chunks at a time, about a
-# million scores (for a window, with a block more at each end), and memory that one group gives back the next one takes. Nothing
-# is computed twice. It is the same again with `window_attention`.
+# million scores (for a window, with a block more at each end), and memory that one group gives back the next one takes. For
+# laplace, `attend` goes further within a group: it works in the two tiles of memory of chapter 03, and makes each tile
+# once more on the way back; the lower line has that in it. `window_attention` takes groups as well.
 #
 # And where does it stand? Within a few times of the floor, and not at it. What remains is passes over the scores (divide, hide,
 # subtract, erf, add, halve, and their way back), and for the window the third of the scores that it computes and hides.

@@ -760,8 +760,9 @@ show(
 
 # %% [markdown]
 # In memory, fused attention is a fair match: it never stores the $L \times L$ map either, only the plain quadratic form
-# does. The block forms keep a few blocks of scores at a time and work them out *again* for the
-# gradient, which costs a little time and keeps the memory small.
+# does. The block forms hold the scores of one block at a time, on the way back too, which is written out by hand. Only where all
+# weights together are few, up to about a million numbers, are they kept for the gradient; where they are many, each block works
+# them out *again*, which costs a little time and keeps the memory small.
 
 # %%
 sizes = [512, 1024, 2048, 4096]
@@ -906,8 +907,9 @@ print("naming 1,024 keys by all differences, as in the beginning, needs 50 times
 # What lies between the package and the floor? A good part is what the floor counts as nothing: finding the largest of $S$
 # numbers, and adding values up by name. The causal form has to write and read its means as well: with blocks of $c = S/2$
 # queries, a table of $S$ means for each block is *twice as many numbers as all values*. Smaller blocks would make it larger
-# still, larger ones mean more pairs; that is why $c$ goes with $S$. Its scores are worked through a few blocks at a time,
-# about a million numbers at once, so that memory holds those and never all $L\,(c + S)$.
+# still, larger ones mean more pairs; that is why $c$ goes with $S$. Otherwise a block is cheap: *one* product scores its queries
+# against the codes and the codewords near them, laid side by side, and one softmax weighs both. These scores, $c\,(S + c)$ numbers
+# for a block (with a window, a little more), are used while they are in the cache; memory never holds all $L\,(S + c)$.
 
 # %% [markdown]
 # ## What is lost

@@ -40,7 +40,7 @@ from longseq_tutorial.classroom.checks.fft_bias import (
     check_toeplitz_product,
 )
 from longseq_tutorial.classroom.panels_fft_bias import BiasOverDistance, drawing, drawn_lags, show_matrix
-from longseq_tutorial.mechanisms.fft import good_length, long_convolution
+from longseq_tutorial.mechanisms.fft import good_length
 from longseq_tutorial.mechanisms.fft_bias import (
     FastRPB,
     toeplitz_matrix,
@@ -662,9 +662,8 @@ for name, form in ways.items():
 
 # %% [markdown]
 # Now the clock, one core, no gradients. On the left, look for two things: where the matrix (here *ready made*, only the
-# product is timed) crosses the FFTs, and how far these stay above the dotted floor. On the right, forward *and* backward
-# of a relative: `long_convolution` of chapter 01, where each channel has a kernel of its own, against the same written
-# down with `rfft` and left to autograd.
+# product is timed) crosses the FFTs, and how far these stay above the dotted floor. On the right, forward *and* backward:
+# the fast version of this chapter, left to autograd, against the package's.
 
 # %%
 heads, width, count = 4, 16, [128, 512, 2048, 8192, 32768]  # 64 channels
@@ -675,12 +674,6 @@ def turns(length, rows=heads * width):
     n = good_length(2 * length - 1)
     ready = torch.randn(rows, n)
     return lambda: torch.fft.irfft(torch.fft.rfft(ready), n=n)
-
-
-def textbook(u, kernel):
-    """u (B, L, D) and kernel (D, L): a causal convolution."""
-    n = 2 * u.shape[1]
-    return torch.fft.irfft(torch.fft.rfft(u.mT, n=n) * torch.fft.rfft(kernel, n=n), n=n)[..., : u.shape[1]].mT
 
 
 spent = {name: [] for name in ("matrix, ready made", *ways, "the package", "floor")}
@@ -701,14 +694,21 @@ matrix_rate = 2 * 1024**3 / quickest(lambda: square @ square)
 points = good_length(2 * 2048 - 1)
 fft_rate = heads * width * 5 * points * np.log2(points) / spent["floor"][2]
 
-size = 8192
-u, kernel = torch.randn(1, size, 64, requires_grad=True), torch.randn(64, size, requires_grad=True)
-from_above = torch.randn(1, size, 64)
+longest = count[-1]
+lags, v = (t.float().requires_grad_() for t in random_case(1, longest, heads, width))
+from_above = torch.randn(1, longest, heads, width)
+
+
+def there_and_back(form):
+    """Forward and backward, as a function to measure."""
+    return lambda: torch.autograd.grad(form(lags, v), (lags, v), from_above)
+
+
 learning = {
-    name: 1e3 * quickest(lambda f=f: torch.autograd.grad(f(u, kernel), (u, kernel), from_above))
-    for name, f in {"rfft and autograd": textbook, "long_convolution": long_convolution}.items()
+    name: 1e3 * quickest(there_and_back(form))
+    for name, form in {"turned as a whole, autograd": toeplitz_fast, "the package": toeplitz_product}.items()
 }
-learning["floor: three there and back"] = 3e3 * quickest(turns(size))
+learning["floor: two there and back"] = 2e3 * quickest(turns(longest))
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), width_ratios=[1.6, 1])
 for name, times in nanoseconds.items():
@@ -720,7 +720,7 @@ left.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
 left.minorticks_off()
 left.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 right.barh(range(3), learning.values(), height=0.5, color=[OKABE_ITO["orange"], OKABE_ITO["blue"], "#999999"])
-right.set(yticks=[], xlabel="time (ms)", title=f"forward and backward, {size:,} steps", ylim=(2.5, -0.75))
+right.set(yticks=[], xlabel="time (ms)", title=f"forward and backward, {longest:,} steps", ylim=(2.5, -0.75))
 for row, name in enumerate(learning):
     right.text(0, row - 0.27, name, fontsize="small", va="bottom")
 ready, package, whole, tiles = (
@@ -735,16 +735,14 @@ facts = {
     ),
     "at 32,768 positions turning in tiles takes at most 1.5 times as long as turning as a whole": tiles[-1]
     < 1.5 * whole[-1],
-    "with gradients, long_convolution takes at most 1.2 times as long as rfft and autograd": learning[
-        "long_convolution"
-    ]
-    < 1.2 * learning["rfft and autograd"],
+    "there with gradients the package takes less time than autograd": learning["the package"]
+    < learning["turned as a whole, autograd"],
 }
 show(
     fig,
     "Left: time for each number against the length, 64 channels in 4 heads: a ready matrix, the FFT along time, turned "
-    "as a whole, turned in tiles, the package, and the floor of bare transforms. Right: forward and backward of a "
-    "convolution, left to autograd and by the package, and its floor. "
+    "as a whole, turned in tiles, the package, and the floor of bare transforms. Right: forward and backward, left to "
+    "autograd and by the package, and their floor. "
     + "; ".join(f"{fact}: {holds}" for fact, holds in facts.items())
     + ".",
 )
@@ -760,20 +758,21 @@ show(
 # positions of 64 channels fit the cache, so tiles fetch each line once. In short sequences, which fit the cache anyway,
 # there is nothing to win.
 #
+# The package's form is the third one: on a CPU it turns 128 positions at a time.
+#
 # With gradients a second step counts. Autograd takes an `rfft` back by a *complex* transform of all $n$ waves,
 # half of them zeros, and throws the imaginary part away. But we know what the gradients are: a product with the
-# offsets turned round, and a correlation. Both are real transforms again. The package's `long_convolution` writes its
-# backward pass like that, and turns in tiles, in both directions. `toeplitz_product` is still the plain form, without
-# either.
-#
-# One step it does have: on a CPU it takes long sequences a few *heads* at a time, so that what is twice as long does not
-# stand there for all heads at once. That is done for the memory; time it costs rather than saves:
+# offsets turned round, and a correlation. Both are real transforms again. So the package has one `circular_convolution`
+# with a backward pass written like that, which turns in tiles in both directions; `toeplitz_product` and the
+# `long_convolution` of chapter 01 are a few lines around it. (Only the full bias of an image, below, is left to autograd.)
+# Less is kept on the way, too:
 
 # %%
-lags, v = (t.float() for t in random_case(1, 32768, heads, width))
-whole, by_heads = (peak_memory(lambda f=f: f(lags, v)) for f in (toeplitz_fast, toeplitz_product))
-print("all heads at once, peak memory in sizes of v:", fmt(whole / (4 * v.numel())))
-print("a few heads at a time:                       ", fmt(by_heads / (4 * v.numel())))
+for name, form in {"left to autograd": toeplitz_fast, "the package": toeplitz_product}.items():
+    print(
+        f"{name + ',':17} there and back, peak memory in sizes of v:",
+        fmt(peak_memory(there_and_back(form)) / (4 * v.numel())),
+    )
 
 # %% [markdown]
 # ## Images: two distances

@@ -16,6 +16,8 @@
 # - say what a system has to carry from one step to the next.
 
 # %%
+import math
+
 import matplotlib.pyplot as plt
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -215,7 +217,15 @@ def fused(q, k, v, *rest, out_shape=None, **options):
     return sdpa_flop_count(q, k, v)
 
 
-known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
+def added(y, a, b, *rest, out_shape=None, **options):
+    """Nor products that are added to what is there: y (n, i, k) += a (n, i, j) times b (n, j, k)."""
+    return 2 * math.prod(a) * b[-1]
+
+
+known = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused,
+    torch.ops.aten.baddbmm_: added,
+}
 cost = {}
 for name in NAMES:
     torch.manual_seed(0)
