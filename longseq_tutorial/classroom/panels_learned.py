@@ -74,7 +74,7 @@ def tokens_figure(pieces: Sequence[str], marks: Tensor, names: Sequence[str]) ->
 
 def waveform_figure(x: Tensor, rate: int, marks: Tensor, names: Sequence[str], title: str = "") -> Figure:
     """A clip ``(L,)`` and, on the same time axis, one row for each row of ``marks (rows, tokens)``, from 0 to 1."""
-    fig, (top, bottom) = plt.subplots(2, 1, figsize=(9.4, 3.6), sharex=True, height_ratios=(1.3, 1))
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(8.6, 3.2), sharex=True, height_ratios=(1.3, 1))
     seconds = len(x) / rate
     top.plot(np.arange(len(x)) / rate, x.numpy(), marker="", linewidth=0.6)
     top.set(ylabel="sample", title=title)
