@@ -60,6 +60,7 @@ def train(case: str, out: Path) -> Record:
 
 def command_line(out: Path) -> int:
     """The exit code of the command itself."""
+    (out / "data").mkdir(exist_ok=True)
     return main_of_train([*arguments(out / "data", out), "model.dropout=0.0"])
 
 
