@@ -21,7 +21,7 @@ processor's cache: on a CPU, writing to fresh memory costs more than the arithme
 Letters: B batch, L length, D channels, N numbers of state, C block length, J = L // C blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -132,8 +132,7 @@ def _toeplitz(forward: Tables, reverse: Tables | None) -> Tensor:
     else:
         ahead, now = reverse.kernel[:, 1:].flip(1), kernel[:, :1] + reverse.kernel[:, :1]
     by_distance = torch.cat([ahead, now, kernel[:, 1:]], dim=1)  # (D, 2C - 1): distances -(C-1) .. C-1
-    i = torch.arange(steps, device=kernel.device)
-    return by_distance[:, i[:, None] - i + steps - 1]
+    return by_distance.unfold(1, steps, 1).flip(2)  # each row is a stretch of it, read backwards
 
 
 def _blocks_plain(
@@ -208,19 +207,23 @@ class _Blocks(torch.autograd.Function):
         work = _Stretches(x, toeplitz.shape[1])
         states, reverse = work.boundaries(write), None
         states[:, 0] = h
-        if read_back is not None and write_back is not None and decay_back is not None:
+        if write_back is not None:
             reverse = work.boundaries(write_back)
             reverse[:, -1] = 0
-            for c, a, b in work.backwards():
-                _carry(reverse[c], a, b, work.take(x, c, a, b) @ write_back[c].mT, decay_back[c], back=True)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for c, a, b in work:
-            block = work.take(x, c, a, b)  # (d, j * B, C)
-            _carry(states[c], a, b, block @ write[c].mT, decay[c])
-            out = (block @ toeplitz[c].mT).baddbmm_(_rows(states[c], a, b), read[c].mT)
-            if reverse is not None and read_back is not None:
-                out.baddbmm_(_rows(reverse[c], a + 1, b + 1), read_back[c].mT)
-            work.put(y, c, a, b, out)
+        for c in work.tiles:
+            taken = {}  # what both passes need is turned once
+            if reverse is not None and write_back is not None and decay_back is not None:
+                for a, b in reversed(work.stretches):
+                    taken[a] = block = work.take(x, c, a, b)
+                    _carry(reverse[c], a, b, block @ write_back[c].mT, decay_back[c], back=True)
+            for a, b in work.stretches:
+                block = taken.pop(a) if taken else work.take(x, c, a, b)  # (d, j * B, C)
+                _carry(states[c], a, b, block @ write[c].mT, decay[c])
+                out = (block @ toeplitz[c].mT).baddbmm_(_rows(states[c], a, b), read[c].mT)
+                if reverse is not None and read_back is not None:
+                    out.baddbmm_(_rows(reverse[c], a + 1, b + 1), read_back[c].mT)
+                work.put(y, c, a, b, out)
         ctx.save_for_backward(x, toeplitz, read, write, decay, read_back, write_back, decay_back, states, reverse)
         return y, states[:, -1].clone()
 
@@ -242,23 +245,28 @@ class _Blocks(torch.autograd.Function):
             d_read_back, d_write_back = (x.new_zeros(each.shape) for each in (read_back, write_back))
             d_reverse, here = work.boundaries(write_back), _adjoint(decay_back)
             d_reverse[:, 0] = 0
-            for c, a, b in work:
-                _carry(d_reverse[c], a, b, work.take(dy, c, a, b) @ read_back[c], here[c])
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for c, a, b in work.backwards():
-            block, d_block = work.take(x, c, a, b), work.take(dy, c, a, b)  # (d, j * B, C)
-            _carry(d_states[c], a, b, d_block @ read[c], there[c], back=True)
-            written = _rows(d_states[c], a + 1, b + 1)
-            d_out = (d_block @ toeplitz[c]).baddbmm_(written, write[c])
-            d_toeplitz[c].baddbmm_(d_block.mT, block)
-            d_read[c].baddbmm_(d_block.mT, _rows(states[c], a, b))
-            d_write[c].baddbmm_(written.mT, block)
+        for c in work.tiles:
+            taken = {}  # what both passes need is turned once
             if reverse is not None:
-                written = _rows(d_reverse[c], a, b)
-                d_out.baddbmm_(written, write_back[c])
-                d_read_back[c].baddbmm_(d_block.mT, _rows(reverse[c], a + 1, b + 1))
-                d_write_back[c].baddbmm_(written.mT, block)
-            work.put(dx, c, a, b, d_out)
+                for a, b in work.stretches:
+                    taken[a] = d_block = work.take(dy, c, a, b)
+                    _carry(d_reverse[c], a, b, d_block @ read_back[c], here[c])
+            for a, b in reversed(work.stretches):
+                d_block = taken.pop(a) if taken else work.take(dy, c, a, b)  # (d, j * B, C)
+                block = work.take(x, c, a, b)
+                _carry(d_states[c], a, b, d_block @ read[c], there[c], back=True)
+                written = _rows(d_states[c], a + 1, b + 1)
+                d_out = (d_block @ toeplitz[c]).baddbmm_(written, write[c])
+                d_toeplitz[c].baddbmm_(d_block.mT, block)
+                d_read[c].baddbmm_(d_block.mT, _rows(states[c], a, b))
+                d_write[c].baddbmm_(written.mT, block)
+                if reverse is not None:
+                    written = _rows(d_reverse[c], a, b)
+                    d_out.baddbmm_(written, write_back[c])
+                    d_read_back[c].baddbmm_(d_block.mT, _rows(reverse[c], a + 1, b + 1))
+                    d_write_back[c].baddbmm_(written.mT, block)
+                work.put(dx, c, a, b, d_out)
         d_decay = _grad_decay(d_states[:, 1:], states[:, :-1], decay)
         grads = dx, d_toeplitz, d_read, d_write, d_decay
         if reverse is None:
@@ -268,25 +276,19 @@ class _Blocks(torch.autograd.Function):
 
 
 class _Stretches:
-    """Cuts ``(B, J*C, D)`` into stretches of whole blocks, small enough for the cache; iterates as ``c, a, b``: the
-    channels c of blocks a .. b-1. All of time comes before the next channels: their tables stay in the cache as well.
+    """Cuts ``(B, J*C, D)`` into pieces small enough for the cache: tiles of channels c, and of these stretches of whole
+    blocks a .. b-1. All of time comes before the next channels, so that a tile's tables stay in the cache as well.
     """
 
     def __init__(self, x: Tensor, block: int) -> None:
         self.batch, length, self.dim = x.shape
         self.block, self.blocks = block, length // block
         on_cpu = x.device.type == "cpu"
-        self.tile = min(TILE, self.dim) if on_cpu else self.dim
-        bytes_a_block = self.batch * self.tile * block * x.element_size()
-        self.size = max(1, STRETCH // bytes_a_block) if on_cpu else self.blocks
-
-    def __iter__(self) -> Iterator[tuple[slice, int, int]]:
-        for d in range(0, self.dim, self.tile):
-            for a in range(0, self.blocks, self.size):
-                yield slice(d, min(d + self.tile, self.dim)), a, min(a + self.size, self.blocks)
-
-    def backwards(self) -> list[tuple[slice, int, int]]:
-        return list(self)[::-1]
+        tile = min(TILE, self.dim) if on_cpu else self.dim
+        bytes_a_block = self.batch * tile * block * x.element_size()
+        size = max(1, STRETCH // bytes_a_block) if on_cpu else self.blocks
+        self.tiles = [slice(d, min(d + tile, self.dim)) for d in range(0, self.dim, tile)]
+        self.stretches = [(a, min(a + size, self.blocks)) for a in range(0, self.blocks, size)]
 
     def boundaries(self, write: Tensor) -> Tensor:
         """Room for the state before each block and after the last, ``(D, J + 1, B, N)``."""

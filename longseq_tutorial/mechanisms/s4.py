@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Tables, block_recurrence
+from .blocks import BLOCK, Tables, block_recurrence
 from .fft import good_length, working_dtype
 
 __all__ = [
@@ -339,24 +339,24 @@ def tilde_from_c(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int) 
     _check(Lambda, P, C, dt=dt, length=length)
     with torch.autocast(C.device.type, enabled=False):
         Abar, _ = _real_dense(Lambda, P, P, dt)
-        c = _reading(C.to(torch.complex128))
+        c = _reals(C.to(torch.complex128).conj())  # Re sum(c z) is then a product of real vectors
         power = torch.linalg.matrix_power(Abar, length)  # (D, N, N)
-        real, imag = (c - (c.unsqueeze(-2) @ power).squeeze(-2)).chunk(2, dim=-1)
-        return torch.complex(real, -imag).to(C.dtype)
+        left = c - (c.unsqueeze(-2) @ power).squeeze(-2)
+        return torch.view_as_complex(left.unflatten(-1, (-1, 2))).conj().to(C.dtype)
 
 
 def s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, block: int) -> Tables:
     """What full S4 does in a block of steps: see :class:`~longseq_tutorial.mechanisms.blocks.Tables`.
 
-    Within a block no Cauchy kernel is needed: powers of the small matrix ``Abar`` are enough, and they come cheaply.
-    With ``Abar = diag(m) - column row``, expanding one factor at a time from the left gives
+    Within a block no Cauchy kernel is needed: all comes from powers of numbers. Write ``Abar = M - k r``, M diagonal, k
+    a column, r a row. Of n factors either none is ``k r``, or one is the first from the left to be so:
 
-        ``Abar**n = diag(m**n) - sum over t < n of (m**(n-1-t) column) (row Abar**t)``
+        ``Abar**n = M**n - sum over s < n of (M**(n-1-s) k) (r Abar**s)``
 
-    a diagonal and a product of two thin matrices, made of rows that are at hand: what is read with ``row`` after
-    0, 1, .. n-1 steps. Each power doubles the rows (and columns) known, which give the power of twice the exponent.
-    Never is a matrix squared, which would double its errors of phase: single precision is enough for all but m**n. The
-    state is kept as N real numbers, real parts first. C is the true one.
+    To the left of it M alone acts, to the right anything. Read with r, that says of the rows ``r Abar**n`` that each is
+    ``r M**n`` less a sum over the rows before it, weighted with the numbers ``r M**j k``: a triangular system, solved
+    in one call. With these rows, the formula gives whatever else is asked for. The state is kept as N real numbers,
+    real and imaginary parts in turn. C is the true one.
     """
     return _s4_tables(Lambda, P, B, [C], dt, block)[0]
 
@@ -371,53 +371,67 @@ def _s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, Cs: Sequence[Tensor], dt: T
         inverse, column, row = _half_step(Lambda, P, dt)
         m, column = 2 * inverse - 1, 4 * column  # Abar = 2 (1 - dt A/2)^-1 - 1, and Bbar = dt/2 (1 + Abar) B
         push = dt.unsqueeze(-1) / 2 * (B + m * B - column * (row * B).sum(-1, keepdim=True).real)
-        ahead = [2 * (C * m - (C * column).sum(-1, keepdim=True).real * row) for C in Cs]  # C Abar
-        now = torch.stack([_reading(2 * C) for C in Cs], dim=1).to(dtype)  # (D, R, N): y = now . x
-        rows = torch.stack([_reading(c) for c in (*ahead, row)], dim=1).to(dtype)  # R + 1 rows for each step
-        write = torch.cat([push.real, push.imag], dim=-1).unsqueeze(-1).to(dtype)  # (D, N, n): Bbar, Abar Bbar, ..
-        fading = column.unsqueeze(-1).to(narrow)  # (D, N/2, n): .., m column, column
+        ahead = [C * m - (C * column).sum(-1, keepdim=True).real * row for C in Cs]  # C Abar
+        powers = _geometric(m, block, narrow)  # (D, C, h): m**t
+        moved, pushed = (_reals(powers * v.to(narrow).unsqueeze(1)) for v in (column, push))  # M**t k, M**t Bbar
 
-        def power(decay: Tensor, n: int) -> Tensor:
-            """``Abar**n (D, N, N)`` from ``decay = m**n`` and the n rows and columns known."""
-            columns = torch.cat([fading.real[..., -n:], fading.imag[..., -n:]], dim=1)
-            return torch.baddbmm(_turn(decay.to(narrow)), columns, rows[:, len(Cs) :: len(Cs) + 1][:, :n], alpha=-1)
+        def read_by(c: Tensor) -> tuple[Tensor, Tensor]:
+            """``c M**t (D, C, N)``, and how much of each earlier row to take off: ``c M**(t-1-s) k (D, C, C)``."""
+            c = c.to(narrow).unsqueeze(1).conj()  # Re sum(c z) is a product of real numbers: those of conj(c) and of z
+            return _reals(powers.conj() * c), _below(moved @ _reals(c).mT)
 
-        n, decay = 1, m
-        while n < block:
-            further = power(decay, n)
-            write = torch.cat([write, further @ write], dim=2)
-            rows = torch.cat([rows, rows @ further], dim=1)
-            fading = torch.cat([decay.to(narrow).unsqueeze(-1) * fading, fading], dim=2)
-            n, decay = 2 * n, decay * decay
-        if n > block:  # not a power of two
-            write, decay = write[..., :block], m.unsqueeze(-1).expand(-1, -1, block).prod(-1)
-        kernel, whole = now @ write, power(decay, block)  # kernel (D, R, C)
-        read = rows[:, : block * (len(Cs) + 1)].unflatten(1, (block, -1))  # (D, C, R + 1, N)
-        return [Tables(kernel[:, r], read[:, :, r], write.flip(-1), whole) for r in range(len(Cs))]
+        alone, earlier = read_by(row)
+        rows = torch.linalg.solve_triangular(earlier, alone, upper=False, unitriangular=True)  # r Abar**t
+        write = torch.baddbmm(pushed, _below(rows @ _reals(push.to(narrow)).unsqueeze(-1)), moved, alpha=-1)
+        whole = torch.baddbmm(_turn(powers[:, -1] * m.to(narrow)), moved.flip(1).mT, rows, alpha=-1)
+        late = write.flip(1).mT
+        tables = []
+        for C, next_c in zip(Cs, ahead, strict=True):
+            alone, earlier = read_by(next_c)
+            read = 2 * torch.baddbmm(alone, earlier, rows, alpha=-1)  # 2: the other half of the states says the same
+            kernel = 2 * (write @ _reals(C.to(narrow).conj()).unsqueeze(-1)).squeeze(-1)
+            tables.append(Tables(kernel, read, late, whole))
+        return tables
+
+
+def _geometric(ratio: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """``ratio (D, h)`` to the powers 0 .. count-1, ``(D, count, h)``: all that are known, times the next one."""
+    powers, n = torch.ones_like(ratio, dtype=dtype).unsqueeze(1), 1
+    while n < count:
+        powers = torch.cat([powers, powers * ratio.to(dtype).unsqueeze(1)], dim=1)
+        n, ratio = 2 * n, ratio * ratio
+    return powers[:, :count]
+
+
+def _below(numbers: Tensor) -> Tensor:
+    """``(D, C, 1) -> (D, C, C)``: each number on a diagonal of its own, the first just below the main one."""
+    steps = numbers.shape[1]
+    by_distance = F.pad(numbers[:, : steps - 1, 0], (steps, 0))  # distances -(C-1) .. C-1
+    return by_distance.unfold(1, steps, 1).flip(2)
+
+
+def _reals(z: Tensor) -> Tensor:
+    """Complex ``(.., h)`` as real ``(.., N)``: real and imaginary parts in turn."""
+    return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
 def _real_dense(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     """The sampled DPLR system over real numbers, float64: ``Abar (D, N, N)``, ``Bbar (D, N)``.
 
     ``Abar = 2 (1 - dt A/2)^-1 - 1`` is what `_half_step` says, and ``Bbar = dt/2 (Abar + 1) B``: no system of equations
-    to solve. A pair z is written as (Re z, Im z).
+    to solve. Of each pair z there are Re z and Im z, in turn.
     """
     Lambda, P, B, dt = *(v.to(torch.complex128) for v in (Lambda, P, B)), dt.double()
     inverse, column, row = _half_step(Lambda, P, dt)
-    column, b = (torch.cat([v.real, v.imag], dim=-1).unsqueeze(-1) for v in (4 * column, B))
-    Abar = _turn(2 * inverse - 1) - column * _reading(row).unsqueeze(-2)
+    column, b = (_reals(v).unsqueeze(-1) for v in (4 * column, B))
+    Abar = _turn(2 * inverse - 1) - column * _reals(row.conj()).unsqueeze(-2)
     return Abar, (dt[:, None, None] / 2 * (b + Abar @ b)).squeeze(-1)
 
 
 def _turn(m: Tensor) -> Tensor:
-    """What multiplies each pair z, written as (Re z, Im z), by its m ``(D, h)``: ``[[Re m, -Im m], [Im m, Re m]]``."""
-    quarters = torch.stack([m.real, -m.imag, m.imag, m.real], dim=1).unflatten(1, (2, 2))  # (D, 2, 2, h)
-    return torch.diag_embed(quarters, dim1=2, dim2=4).flatten(3).flatten(1, 2)  # (D, N, N)
-
-
-def _reading(c: Tensor) -> Tensor:
-    """The real vector ``(D, N)`` whose product with (Re z, Im z) is ``Re sum(c z)``."""
-    return torch.cat([c.real, -c.imag], dim=-1)
+    """What multiplies each pair z by its m ``(D, h)``: ``[[Re m, -Im m], [Im m, Re m]]`` along the diagonal."""
+    squares = torch.stack([m.real, -m.imag, m.imag, m.real], dim=1).unflatten(1, (2, 2))  # (D, 2, 2, h)
+    return torch.diag_embed(squares, dim1=1, dim2=3).flatten(3).flatten(1, 2)  # (D, h, 2, h, 2) on the way
 
 
 def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C_tilde: Tensor, dt: Tensor, length: int) -> Tensor:
@@ -490,6 +504,10 @@ class _StateSpace(nn.Module):
     _tables: Callable[..., list[Tables]]  # takes a C for each direction
     _steps: Callable[..., tuple[Tensor, Tensor]]
 
+    def _block(self, length: int) -> int:
+        """Steps in a block: the tables cost as much as they have steps, the scan as much as there are blocks."""
+        return BLOCK
+
     def __init__(self, dim: int, A: Tensor, B: Tensor, bidirectional: bool, dt_min: float, dt_max: float) -> None:
         super().__init__()
         if dim < 1 or not 0 < dt_min <= dt_max:
@@ -533,7 +551,7 @@ class _StateSpace(nn.Module):
 
         back = (lambda block: tables(block)[-1]) if self.bidirectional else None
         with torch.autocast(u.device.type, enabled=False):
-            y, _ = block_recurrence(heard.to(working_dtype(u, C)), there, back)
+            y, _ = block_recurrence(heard.to(working_dtype(u, C)), there, back, block=self._block(u.shape[1]))
         return y.to(u.dtype) if mask is None else y.to(u.dtype) + self.skip.to(u.dtype) * u
 
     def initial_state(self, batch: int) -> Tensor:
@@ -631,6 +649,9 @@ class S4(_StateSpace):
         super().__init__(dim, Lambda, B, bidirectional, dt_min, dt_max)
         self.P = nn.Parameter(torch.view_as_real(P).float().repeat(dim, 1, 1))
         self._kernel, self._tables, self._steps = _kernel_of_c, _s4_tables, s4_recurrent
+
+    def _block(self, length: int) -> int:
+        return BLOCK if length > 4096 else BLOCK // 2  # every step of its tables is dear
 
 
 def _kernel_of_c(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:

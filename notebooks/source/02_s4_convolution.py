@@ -946,32 +946,45 @@ print("HiPPO itself, in blocks = step by step, error", below((in_blocks[0, :, 0]
 print("and the state at the end, error", below((last[0, 0] - x).abs().max(), 1e-9))
 
 # %% [markdown]
-# The package's `s4_tables` is this, for the DPLR system in real coordinates, without the squarings of `power`, $2N^3$ operations
-# each. For there Woodbury still earns its bread: it writes $\bar A$ down, without solving anything, as a diagonal minus a column
-# times a row, $\bar A = \mathrm{diag}(m) - c\,r$. Take a power apart from the left, one factor at a time:
+# The package's `s4_tables` needs no matrix power at all but the last. For there Woodbury still earns its bread: it writes
+# $\bar A$ down, without solving anything, as a diagonal minus a column times a row, $\bar A = M - k\,r$. Take a power apart
+# from the left, one factor at a time:
 #
-# $$\bar A^n = m^n - c\,r\bar A^{n-1} - m\,c\,r\bar A^{n-2} - \dots \;=\;
-#   \mathrm{diag}(m^n) - \sum_{t < n} \big(m^{n-1-t} c\big)\,\big(r \bar A^t\big) .$$
+# $$\bar A^n = M^n - k\,r\bar A^{n-1} - M k\,r\bar A^{n-2} - \dots \;=\;
+#   M^n - \sum_{t < n} \big(M^{n-1-t} k\big)\,\big(r \bar A^t\big) .$$
 #
-# That is a diagonal and *one product of two thin matrices*, $N \times n$ and $n \times N$, and the rows $r \bar A^t$ double
-# along with those of $C$. It costs $2N^2 n$; and where each squaring would double the errors of phase, here the diagonal alone
-# needs double precision.
+# That is a diagonal and *one product of two thin matrices*, $N \times n$ and $n \times N$, if only the rows $r \bar A^t$ were
+# known. Read the whole formula with $r$, and it says how to get them:
+#
+# $$r\bar A^n + \sum_{t < n} \big(r M^{n-1-t} k\big)\; r \bar A^t = r M^n .$$
+#
+# Each row is $rM^n$, powers of numbers, less the rows before it, with weights that are numbers too: $C$ equations, a triangle,
+# solved in one call for all $N$ columns. The same formula then gives $C\bar A^{t+1}$ and $\bar A^s \bar B$. Nothing is squared,
+# which would double the errors of phase each time, and only $M$ needs double precision.
 
 # %%
 torch.manual_seed(0)
-m, c, r = torch.rand(N).double(), torch.randn(N).double(), torch.randn(N).double() / N
-dense = torch.diag(m) - torch.outer(c, r)
-powers = [torch.linalg.matrix_power(dense, t) for t in range(14)]
-columns, rows = torch.stack([m ** (12 - t) * c for t in range(13)], dim=1), torch.stack([r @ p for p in powers[:13]])
+m, k, r = torch.rand(N).double(), torch.randn(N).double(), torch.randn(N).double() / N
+dense = torch.diag(m) - torch.outer(k, r)
+rows_as_defined = torch.stack([r @ torch.linalg.matrix_power(dense, t) for t in range(13)])
+
+powers = m ** torch.arange(13)[:, None]  # (13, N)
+weight = (r * powers) @ k  # r M^j k
+triangle = torch.stack([torch.cat([weight[:n].flip(0), torch.zeros(13 - n)]) for n in range(13)]) + torch.eye(13)
+rows = torch.linalg.solve_triangular(triangle, r * powers, upper=False)
+thirteenth = torch.diag(m**13) - (powers.flip(0) * k).T @ rows
+print("thirteen rows from one triangle, error", below((rows - rows_as_defined).abs().max(), 1e-12))
 print(
     "the thirteenth power, a diagonal and a thin product, error",
-    below((torch.diag(m**13) - columns @ rows - powers[13]).abs().max(), 1e-12),
+    below((thirteenth - torch.linalg.matrix_power(dense, 13)).abs().max(), 1e-12),
 )
 
 # %% [markdown]
-# The bill: about $5C \cdot 2N^2$ operations for each channel, *whatever the length*; and for each number $2(C + 2N)$ as before, plus
-# $2N^2/C$ for the state that crosses a block by a full matrix: 512 in all. The Cauchy sums need $N/2$ fractions at each of $L/2$
-# frequencies, about ten operations each and thirty more to sum them up, which is more already; and the FFTs follow.
+# The bill: $C^2N$ operations for the triangle and three thin products, about $7N^3$ for each channel where $C = N$, *whatever
+# the length* (below 4,096 steps the package halves $C$: then the tables are what costs). And for each number $2(C + 2N)$ as
+# before, plus $2N^2/C$ for the state that crosses a block by a full matrix: 512 in all. The Cauchy sums need $N/2$ fractions
+# at each of $L/2$ frequencies, about ten operations each and thirty more to sum them up, which is more already; and the FFTs
+# follow.
 #
 # Now the clock. Left, the three kernels of above. Right, the whole layer, forward, for each number of a sequence:
 # convolutions, blocks, and the floor of the blocks, that is, the time that a plain matrix product of as many operations

@@ -326,7 +326,7 @@ def test_tilde_is_what_its_definition_says_and_can_be_undone():
 @pytest.mark.parametrize("block", [1, 2, 5, 8, 13])
 def test_tables_are_powers_of_the_dense_matrix_with_gradients(block):
     def as_defined(Lambda, P, B, C, dt):
-        """Every power written out, over all N states; the state's numbers are real parts, then imaginary parts."""
+        """Every power written out, over all N states; the state's numbers are real and imaginary parts in turn."""
         dA, dB = dplr_dense(Lambda, P, B, dt)
         powers = [torch.linalg.matrix_power(dA, n) for n in range(block + 1)]
         full = torch.cat([C, C.conj()], -1)
@@ -337,12 +337,12 @@ def test_tables_are_powers_of_the_dense_matrix_with_gradients(block):
         writes = torch.stack([torch.einsum("dnm,dm->dn", p, dB)[:, :half] for p in powers[block - 1 :: -1]], -1)
         kernel = torch.stack([torch.einsum("dn,dnm,dm->d", full, p, dB).real for p in powers[:-1]], -1)
         a, b = powers[-1][:, :half, :half], powers[-1][:, :half, half:]  # z -> a z + b conj(z)
-        rows = [torch.cat([(a + b).real, (b - a).imag], -1), torch.cat([(a + b).imag, (a - b).real], -1)]
+        squares = [torch.stack([(a + b).real, (b - a).imag], -1), torch.stack([(a + b).imag, (a - b).real], -1)]
         return (
             kernel,
-            torch.cat([2 * reads.real, -2 * reads.imag], -1),
-            torch.cat([writes.real, writes.imag], 1),
-            torch.cat(rows, 1),
+            torch.stack([2 * reads.real, -2 * reads.imag], -1).flatten(-2),
+            torch.stack([writes.real, writes.imag], 2).flatten(1, 2),
+            torch.stack(squares, 2).flatten(3).flatten(1, 2),
         )
 
     def flat(tables):
