@@ -173,12 +173,13 @@ def s4d_layer(size: Size) -> Pair:
 
 
 def convolution(size: Size, kernel: bool = True) -> Pair:
-    """Signals and kernels there, outputs back; their gradients likewise."""
+    """Signals and kernels there, outputs back; their gradients likewise. The spectra of the signals are handed on from
+    a transform to a product."""
     rows, length = size.batch * size.dim, good_length(2 * size.length - 1)
     signals, kernels = Transforms(rows, length), Transforms(size.dim, length)
-    count = rows * size.length
+    count, spectra = rows * size.length, rows * (length + 2)
     forward = [signals, kernels] if kernel else [signals]  # the kernels' inverse comes in backward
-    return pair([count], count, 0, transforms=(forward, [*forward, signals]))
+    return pair([count], count, 0, between=(spectra,), transforms=(forward, [*forward, signals]))
 
 
 def fft_bias(size: Size) -> Pair:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 __all__ = ["circular_convolution", "good_length", "long_convolution", "long_convolution_direct", "working_dtype"]
 
-TILE = 128  # steps to turn at once on a CPU: a long sequence turned as a whole leaves the cache with every number
+TILE = 1024  # steps to turn at once on a CPU: a long sequence turned as a whole leaves the cache with every number
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -125,10 +125,12 @@ class _Convolution(torch.autograd.Function):
         heard = _waves(grad, size)
         of_circle = None
         if ctx.needs_input_grad[1]:
-            together = torch.zeros_like(spectrum[0])  # (D, n/2 + 1)
-            for one, other in zip(spectrum, heard, strict=True):  # one by one: no tensor as large as all of them
+            together = spectrum[0] * heard[0]  # (D, n/2 + 1)
+            for one, other in zip(spectrum[1:], heard[1:], strict=True):  # one by one: no tensor as large as all
                 together = together.addcmul_(one, other)
-            of_circle = torch.fft.irfft(together.unflatten(0, (len(circle), -1)).sum(1), n=size)
+            if len(together) > len(circle):  # one kernel for several channels
+                together = together.unflatten(0, (len(circle), -1)).sum(1)
+            of_circle = torch.fft.irfft(together, n=size)
         if not ctx.needs_input_grad[0]:
             return None, of_circle
         return _steps(_times(heard, waves, in_place=not torch.is_grad_enabled()), size, length), of_circle
