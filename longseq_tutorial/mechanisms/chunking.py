@@ -98,7 +98,7 @@ def chunk_attention(
         return attend(q, k, v, function=function, bias=bias, mask=mask, causal=causal, on_weights=on_weights)
 
     group = _group(q, block, on_weights)
-    y = _look_at_each(look, *(x.split(group, dim=-3) for x in (q, k, v, mask) if x is not None))
+    y = _look_at_each(look, *(_groups(x, group) for x in (q, k, v, mask) if x is not None))
     return y.flatten(-3, -2)[..., :length, :].to(dtype)
 
 
@@ -223,12 +223,17 @@ def window_attention(
         bias = bias[..., window - reach : window + reach + 1]
         bias = F.pad(bias, (2 * block - 1 - reach, width - block - 1 - reach))  # one number for each of `offset`
         bias = _along_diagonals(bias, block).unsqueeze(-3)  # (1, C, K) or (H, 1, C, K): the same in every block
+        # What lies outside the window can be said by the bias too, under softmax, once for all blocks.
+        within = bias.masked_fill(~_along_diagonals(inside, block), -torch.inf)
 
     attend = fused_attention if attend is None else attend
 
-    def look(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    def look(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
         """q (..., n, C, z); the others have a block more at each end (causal: at the beginning)."""
-        k, v, real = (_side_by_side(x, width // block) for x in (k, v, real))  # (..., n, K, ·)
+        k, v = (_side_by_side(x, width // block) for x in (k, v))  # (..., n, K, ·)
+        if real is None:
+            return attend(q, k, v, function=function, bias=within, mask=None, causal=False, on_weights=on_weights)
+        real = _side_by_side(real, width // block)
         visible = real.mT & _along_diagonals(inside, block)  # (..., n, C, K): not padding, not fill, in the window
         if mask is not None and function == "softmax":  # weights sum to 1: a query that sees nothing reads itself
             visible = visible | (~visible.any(-1, keepdim=True) & _along_diagonals(offset == 0, block))
@@ -236,7 +241,13 @@ def window_attention(
 
     q, k, v, real = (split_chunks(x, block) for x in (q, k, v, real.unsqueeze(-1)))  # (..., N, C, ·)
     group = _group(q, width, on_weights)
-    y = _look_at_each(look, q.split(group, dim=-3), *(_overlapping(x, group, causal) for x in (k, v, real)))
+    keys, values, reals = (_overlapping(x, group, causal) for x in (k, v, real))
+    seen: list[Tensor | None] = list(reals)
+    if bias is not None and mask is None and attend is fused_attention:  # in the midst only the window hides a key
+        for g in range(1, len(seen)):
+            if ((g + 1) * group + (0 if causal else 1)) * block <= length:
+                seen[g] = None
+    y = _look_at_each(look, _groups(q, group), keys, values, seen)
     return y.flatten(-3, -2)[..., :length, :].to(dtype)
 
 
@@ -320,7 +331,7 @@ def _overlapping(blocks: Tensor, group: int, causal: bool) -> list[Tensor]:
     Before the first block and after the last stand zeros. (Slices of groups, not of the whole: the gradient of a slice
     is as long as what it was cut from.)
     """
-    groups = blocks.split(group, dim=-3)
+    groups = _groups(blocks, group)
     nothing = torch.zeros_like(blocks[..., :1, :, :])
     before = [nothing, *(g[..., -1:, :, :] for g in groups[:-1])]
     behind = [*(g[..., :1, :, :] for g in groups[1:]), nothing]
@@ -355,15 +366,20 @@ def _group(q: Tensor, width: int, on_weights: Watcher | None) -> int:
     return max(1, min(blocks, GROUP * blocks // max(1, scores)))
 
 
-def _look_at_each(look: Callable[..., Tensor], *parts: Sequence[Tensor]) -> Tensor:
+def _groups(blocks: Tensor, group: int) -> Sequence[Tensor]:
+    """``group`` blocks at a time; all of them as they are, since the gradient of a split is pieced together again."""
+    return [blocks] if group >= blocks.shape[-3] else blocks.split(group, dim=-3)
+
+
+def _look_at_each(look: Callable[..., Tensor], queries: Sequence[Tensor], *parts: Sequence[Tensor | None]) -> Tensor:
     """``look`` at the first of all parts, at the second of all, and so on; the results side by side."""
-    groups = list(zip(*parts, strict=True))
+    groups = list(zip(queries, *parts, strict=True))
     first = look(*groups[0])
     if len(groups) == 1:
         return first
     if first.requires_grad:
         return torch.cat([first, *(look(*group) for group in groups[1:])], dim=-3)
-    y = first.new_empty(*first.shape[:-3], sum(part.shape[-3] for part in parts[0]), *first.shape[-2:])
+    y = first.new_empty(*first.shape[:-3], sum(part.shape[-3] for part in queries), *first.shape[-2:])
     places = y.split(first.shape[-3], dim=-3)  # nothing to remember, so nothing is held twice
     places[0].copy_(first)
     del first

@@ -373,12 +373,15 @@ def _s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, Cs: Sequence[Tensor], dt: T
         push = dt.unsqueeze(-1) / 2 * (B + m * B - column * (row * B).sum(-1, keepdim=True).real)
         ahead = [C * m - (C * column).sum(-1, keepdim=True).real * row for C in Cs]  # C Abar
         powers = _geometric(m, block, narrow)  # (D, C, h): m**t
+        mirrored = powers.conj().resolve_conj()
         moved, pushed = (_reals(powers * v.to(narrow).unsqueeze(1)) for v in (column, push))  # M**t k, M**t Bbar
 
         def read_by(c: Tensor) -> tuple[Tensor, Tensor]:
             """``c M**t (D, C, N)``, and how much of each earlier row to take off: ``c M**(t-1-s) k (D, C, C)``."""
-            c = c.to(narrow).unsqueeze(1).conj()  # Re sum(c z) is a product of real numbers: those of conj(c) and of z
-            return _reals(powers.conj() * c), _below(moved @ _reals(c).mT)
+            c = (
+                c.to(narrow).unsqueeze(1).conj().resolve_conj()
+            )  # Re sum(c z) is a product of real numbers: those of conj(c) and of z
+            return _reals(mirrored * c), _below(moved @ _reals(c).mT)
 
         alone, earlier = read_by(row)
         rows = torch.linalg.solve_triangular(earlier, alone, upper=False, unitriangular=True)  # r Abar**t
