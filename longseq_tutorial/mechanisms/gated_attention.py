@@ -39,6 +39,7 @@ LAPLACE_STD = 0.282095
 FUNCTIONS = ("softmax", "laplace", "relu2")
 TILE = 2**18  # scores worked on at once: 1 MiB in float32, half of a common second-level cache
 ROWS = 256  # but at least so many queries: thinner matrix products are slow
+STRETCH = 512  # positions whose gates are worked on at once
 BiasRows = Callable[[int, int], Tensor]  # the rows first .. last-1 of a bias, (last - first, L)
 
 
@@ -148,9 +149,10 @@ def _weights(
 
     if function == "softmax":
         wide = wide if whole else wide / math.sqrt(q.shape[-1])
-        wide = wide if bias is None else wide + bias
+        if bias is not None:
+            wide += bias  # fresh numbers, of which no gradient has need: they can be written over
         if visible is not None:
-            wide = wide.masked_fill(~visible, -torch.inf)
+            wide.masked_fill_(~visible, -torch.inf)
         return torch.softmax(wide, dim=-1).to(q.dtype)
 
     if visible is None:
@@ -224,16 +226,20 @@ def attend_in_tiles(
     this too; with zeros that make them equally wide on a GPU.
 
     Args:
-        bias: as in :func:`attend`, or a function ``(first, last) -> (last - first, L)`` that gives some rows of it, so
-            that the square never exists.
+        bias: as in :func:`attend`. Or, so that the square never exists: a number for each distance, ``(2L - 1,)``, key
+            j minus query i at index ``(j - i) + L - 1``; or a function ``(first, last) -> (last - first, L)`` that
+            gives some rows.
         on_weights: wants to see the weights, so all of them are made: the call goes to :func:`attend`.
     """
     length = q.shape[-2]
     rows = max(1, TILE // max(1, q[..., 0].numel()))
+    square, rows_of = (None, bias) if callable(bias) else (bias, None)
+    if square is not None and square.shape == (2 * length - 1,):
+        rows_of, square = partial(_laid_out, square), None
     if on_weights is not None or rows >= length or (mask is not None and mask.dim() == q.dim()):
-        square = bias(0, length) if callable(bias) else bias
+        square = rows_of(0, length) if rows_of else square
         return attend(q, k, v, function=function, bias=square, mask=mask, causal=causal, on_weights=on_weights)
-    _check(q, k, v, function, None if callable(bias) else bias, mask)
+    _check(q, k, v, function, square, mask)
     # To make queries as wide as the values, as the fused kernel wants it, costs more on a CPU than the kernel saves.
     alike = q.shape[-1] == v.shape[-1] or q.device.type != "cpu"
     if function == "softmax" and bias is None and (mask is None or not causal) and alike:
@@ -245,7 +251,8 @@ def attend_in_tiles(
         keys = last if causal else length  # keys in sight of these queries
         past = torch.ones(last - first, keys, dtype=torch.bool, device=q.device).tril(first) if causal else None
         real = None if mask is None else mask[..., None, :keys]
-        some = None if bias is None else (bias(first, last) if callable(bias) else bias[..., first:last, :])[..., :keys]
+        some = rows_of(first, last) if rows_of else None if square is None else square[..., first:last, :]
+        some = None if some is None else some[..., :keys]
         return _weights(q[..., first:last, :], k[..., :keys, :], function, some, real, past) @ v[..., :keys, :]
 
     bounds = [(first, min(first + rows, length)) for first in range(0, length, rows)]
@@ -259,9 +266,13 @@ def attend_in_tiles(
 
 def _in_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     """Whether :class:`_Tiles` can do it: on a CPU, in one dtype that needs no rounding, one bias for all."""
-    kind = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.float64)
-    shared = bias is None or bias.numel() == q.shape[-2] * k.shape[-2]
-    return kind and shared and q.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return _exact(q, k, v) and (bias is None or bias.dim() == 1 or bias.numel() == q.shape[-2] * k.shape[-2])
+
+
+def _exact(*tensors: Tensor) -> bool:
+    """All on a CPU and in one dtype that needs no rounding."""
+    alike = {t.dtype for t in tensors} in ({torch.float32}, {torch.float64})
+    return alike and tensors[0].device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def _written_out(
@@ -270,7 +281,7 @@ def _written_out(
     """:func:`attend` by :class:`_Tiles`: all leading axes as one."""
     length, keys = q.shape[-2], k.shape[-2]
     if bias is not None:
-        bias = bias.reshape(length, keys).to(q.dtype)
+        bias = (bias if bias.dim() == 1 else bias.reshape(length, keys)).to(q.dtype)
     if mask is not None:
         mask = (
             _each_pair(mask, q).expand(*q.shape[:-2], -1, -1).reshape(-1, length if mask.dim() == q.dim() else 1, keys)
@@ -282,9 +293,10 @@ def _written_out(
 class _Tiles(torch.autograd.Function):
     """Attention of n sequences: several short ones at a time, or some queries of a long one.
 
-    q ``(n, L, z)``, k ``(n, K, z)``, v ``(n, K, v)``, bias ``(L, K)``, mask ``(n, 1 or L, K)``. Nothing of size L * K
-    is kept: backward makes each tile once more. Everything happens in two tiles of memory, since new memory costs more
-    than the arithmetic. With W the weights, f the function of the scores S, and c the count that divides them::
+    q ``(n, L, z)``, k ``(n, K, z)``, v ``(n, K, v)``, bias ``(L, K)`` or, a number for each distance, ``(2L - 1,)``,
+    mask ``(n, 1 or L, K)``. Nothing of size L * K is kept: backward makes each tile once more. Everything happens in
+    two tiles of memory, since new memory costs more than the arithmetic; the bias of a tile is laid out once for all
+    sequences. With W the weights, f the function of the scores S, and c the count that divides them::
 
         dV = W^T dY      dW = dY V^T      dS = dW f'(S)      dQ = dS K / c      dK = dS^T Q / c
     """
@@ -303,8 +315,8 @@ class _Tiles(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, mask)
         ctx.how = function, causal
         y = v.new_empty(*q.shape[:2], v.shape[-1])
-        for at in _tiles(q, k, causal):
-            torch.bmm(_weigh(q, k, bias, mask, function, at).weights, v[at.some, at.keys], out=y[at.some, at.rows])
+        for at in _tiles(q, k, bias, causal):
+            torch.bmm(_weigh(q, k, mask, function, at).weights, v[at.some, at.keys], out=y[at.some, at.rows])
         return y
 
     @staticmethod
@@ -314,8 +326,8 @@ class _Tiles(torch.autograd.Function):
         function, causal = ctx.how
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         d_bias = None if bias is None else torch.zeros_like(bias)
-        for at in _tiles(q, k, causal):
-            tile = _weigh(q, k, bias, mask, function, at)
+        for at in _tiles(q, k, bias, causal):
+            tile = _weigh(q, k, mask, function, at)
             some, rows, keys = at.some, at.rows, at.keys
             if rows.start == 0:  # what this tile does not write, the next ones add to
                 dk[some, keys.stop :], dv[some, keys.stop :] = 0, 0
@@ -323,20 +335,28 @@ class _Tiles(torch.autograd.Function):
             dv[some, keys].baddbmm_(tile.weights.mT, dy[some, rows], beta=add)
             d_scores = _through(function, tile, torch.bmm(dy[some, rows], v[some, keys].mT, out=tile.free))
             if d_bias is not None:
-                d_bias[rows, keys] += d_scores.sum(0)
+                if some.start == 0:
+                    d_rows = d_bias[rows, keys] if at.spare is None else at.spare.zero_()
+                for one in d_scores:
+                    d_rows += one
+                if some.stop == len(q) and at.spare is not None:
+                    for i, row in enumerate(d_rows, rows.start):
+                        _row(d_bias, i, keys.stop).add_(row)
             dk[some, keys].baddbmm_(d_scores.mT, tile.scaled, beta=add)
             dq[some, rows] = torch.bmm(d_scores, k[some, keys]).div_(tile.divisor)
         return dq, dk, dv, d_bias, None, None, None
 
 
 class _Where(NamedTuple):
-    """Some sequences, some of their queries and the keys in sight; past, if only the past is; memory for two tiles."""
+    """Some sequences, some of their queries and the keys in sight."""
 
     some: slice
     rows: slice
     keys: slice
-    past: Tensor | None
-    memory: list[Tensor]
+    past: Tensor | None  # if only the past is in sight
+    bias: Tensor | None
+    memory: list[Tensor]  # for two tiles of scores
+    spare: Tensor | None  # for the gradient of a bias that had to be laid out
 
 
 class _Weighed(NamedTuple):
@@ -347,21 +367,31 @@ class _Weighed(NamedTuple):
     divisor: Tensor | float  # the count
 
 
-def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[_Where]:
-    """Whole sequences as long as they are short, else rows of one."""
+def _tiles(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Iterator[_Where]:
+    """Whole sequences as long as they are short, else rows of one: the same rows of every sequence in turn."""
     (n, length), keys = q.shape[:2], k.shape[1]
     many, most = max(1, min(n, TILE // (length * keys))), min(length, max(ROWS, TILE // keys))
-    memory = [q.new_empty(many * most * keys) for _ in range(2)]
-    for b in range(0, n, many):
-        for first in range(0, length, most):
-            some, rows = slice(b, min(b + many, n)), slice(first, min(first + most, length))
-            seen = rows.stop if causal else keys
-            shape = some.stop - b, rows.stop - first, seen
-            past = torch.ones(shape[1:], dtype=torch.bool).tril(first) if causal else None
-            yield _Where(some, rows, slice(0, seen), past, [m[: math.prod(shape)].view(shape) for m in memory])
+    line = bias is not None and bias.dim() == 1
+    memory = [q.new_empty(many * most * keys) for _ in range(4 if line else 2)]
+    for first in range(0, length, most):
+        rows = slice(first, min(first + most, length))
+        seen = slice(0, rows.stop if causal else keys)
+        size = rows.stop - first, seen.stop
+        past = torch.ones(size, dtype=torch.bool).tril(first) if causal else None
+        offset = spare = None
+        if bias is not None and line:
+            offset, spare = (m[: math.prod(size)].view(size) for m in memory[2:])
+            torch.stack([_row(bias, i, seen.stop) for i in range(first, rows.stop)], out=offset)
+        elif bias is not None:
+            offset = bias[rows, seen]
+        for b in range(0, n, many):
+            some = slice(b, min(b + many, n))
+            shape = some.stop - b, *size
+            tiles = [m[: math.prod(shape)].view(shape) for m in memory[:2]]
+            yield _Where(some, rows, seen, past, offset, tiles, spare)
 
 
-def _weigh(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, function: str, at: _Where) -> _Weighed:
+def _weigh(q: Tensor, k: Tensor, mask: Tensor | None, function: str, at: _Where) -> _Weighed:
     """The weights of one tile, as in :func:`_weights`."""
     visible = None if mask is None else mask[at.some, at.rows if mask.shape[1] > 1 else slice(None), at.keys]
     visible = _in_sight(visible, at.past, function)
@@ -371,10 +401,10 @@ def _weigh(q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, funct
     elif visible is not None:
         count = visible.sum(-1, keepdim=True).clamp(min=1)
     scaled, keys, (scores, other) = q[at.some, at.rows] / count, k[at.some, at.keys].mT, at.memory
-    if bias is None:
+    if at.bias is None:
         torch.bmm(scaled, keys, out=scores)
     else:
-        torch.baddbmm(bias[at.rows, at.keys], scaled, keys, out=scores)
+        torch.baddbmm(at.bias, scaled, keys, out=scores)
     if visible is not None:
         scores.masked_fill_(~visible, -torch.inf)  # where all three functions are 0, and flat
     if function == "softmax":
@@ -411,6 +441,23 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     return y[..., : shape[-1]].reshape(shape)
 
 
+# ---- a bias that depends on the distance alone -----------------------------------------------------------------
+
+
+def _laid_out(line: Tensor, first: int, last: int) -> Tensor:
+    """The rows first .. last-1 of the square ``bias[i, j] = line[(j - i) + L - 1]``, from line ``(2L - 1,)``."""
+    length = (len(line) + 1) // 2
+    # Windows of the line, one step apart: the first one is the row of the last query. (Only what is contiguous is
+    # flipped row by row in memory too: else torch would lay the result out by columns, and all that reads it is slow.)
+    return line[length - last : 2 * length - 1 - first].unfold(0, length, 1).contiguous().flip(0)
+
+
+def _row(line: Tensor, i: int, keys: int) -> Tensor:
+    """Row i of that square, as far as key ``keys - 1``: a view of the line."""
+    start = (len(line) - 1) // 2 - i
+    return line[start : start + keys]
+
+
 # ---- positions -------------------------------------------------------------------------------------------------
 
 
@@ -433,23 +480,20 @@ class RelativeBias(nn.Module):
         """The bias ``(length, length)``, row = query, column = key."""
         return self.rows(0, length, length)
 
+    def distances(self, length: int) -> Tensor:
+        """What a key adds at each distance from its query, -(length-1) .. length-1: ``(2 * length - 1,)``."""
+        beyond = max(0, length - self.max_positions)
+        first, last = self.table[:1].expand(beyond), self.table[-1:].expand(beyond)
+        here = self.max_positions - 1 + beyond  # the index of distance 0
+        return torch.cat([first, self.table, last])[here - length + 1 : here + length]
+
     def rows(self, first: int, last: int, length: int) -> Tensor:
         """What the queries first .. last-1 add to the keys 0 .. length-1: ``(last - first, length)``."""
-        table, reach = self._reaching(length)
-        start = reach - (last - 1)  # where the last query's offset to key 0 stands
-        # Windows of the table, one step apart: the first one is the row of the last query.
-        return table[start : start + last - first + length - 1].unfold(0, length, 1).flip(0)
+        return _laid_out(self.distances(length), first, last)
 
     def row(self, i: int) -> Tensor:
         """Row i of the bias up to the diagonal, ``(i + 1,)``: what query i adds to keys 0 .. i."""
-        table, reach = self._reaching(i + 1)
-        return table[reach - i : reach + 1]
-
-    def _reaching(self, length: int) -> tuple[Tensor, int]:
-        """The table, its ends repeated if the sequence is longer, and the index of offset 0 in it."""
-        beyond = max(0, length - self.max_positions)
-        first, last = self.table[:1].expand(beyond), self.table[-1:].expand(beyond)
-        return torch.cat([first, self.table, last]), self.max_positions - 1 + beyond
+        return self.distances(i + 1)[: i + 1]
 
 
 class RotaryBias(nn.Module):
@@ -475,6 +519,11 @@ class RotaryBias(nn.Module):
     def forward(self, length: int) -> Tensor:
         """The bias ``(length, length)``."""
         return self.rows(0, length, length)
+
+    def distances(self, length: int) -> Tensor:
+        """What a key adds at each distance from its query, -(length-1) .. length-1: ``(2 * length - 1,)``."""
+        distance = torch.arange(1 - length, length, device=self.alpha.device)
+        return self._rotate(self.beta, distance) @ self.alpha  # turning both alike changes nothing: only j - i is left
 
     def rows(self, first: int, last: int, length: int) -> Tensor:
         """What the queries first .. last-1 add to the keys 0 .. length-1: ``(last - first, length)``."""
@@ -570,19 +619,19 @@ class GatedAttention(nn.Module):
             raise ValueError(f"x must be (batch, length >= 1, dim) = (*, *, {self.dim}); got {tuple(x.shape)}.")
         smooth = x if smooth is None else smooth
         residual = x if residual is None else residual
-        update, q, k, reset, candidate = self._split(smooth)
+        q, k = self._queries_and_keys(smooth)
         v = self.hidden_dropout(F.silu(self.v_proj(x)))  # (B, L, v)
         length = q.shape[1]
-        # Full attention asks for the rows of the bias as it needs them; others want a square.
-        rows = partial(self.bias.rows, length=length)
-        bias = rows if self.attend is attend_in_tiles else self.bias(min(length, self.chunk or length))
+        # Full attention lays the bias out as it needs it; others want a square.
+        full = self.attend is attend_in_tiles
+        bias = self.bias.distances(length) if full else self.bias(min(length, self.chunk or length))
         look = partial(self.attend, q, k, v, function=self.function, bias=bias, mask=mask, causal=self.causal)
         if self.weights._forward_hooks:  # somebody is recording: show the weights beside, so that nothing changes
             with torch.no_grad():
                 look(on_weights=self.weights)
         dropping = self.training and self.attention_dropout.p > 0
         found = look(on_weights=self.attention_dropout if dropping else None)  # (B, L, v)
-        return self._mix(residual, update, reset, candidate, found)
+        return self._gated(smooth, residual, found)
 
     def initial_state(self, batch: int) -> dict[str, Tensor]:
         """Empty caches of keys ``(batch, 0, z)`` and values ``(batch, 0, v)``, and the position 0.
@@ -605,7 +654,7 @@ class GatedAttention(nn.Module):
         """One time step, all ``(B, D)``; equal to the parallel form. Returns ``y_t (B, D)`` and the new caches."""
         smooth_t = x_t if smooth_t is None else smooth_t
         residual_t = x_t if residual_t is None else residual_t
-        update, q, k, reset, candidate = self._split(smooth_t.unsqueeze(1))
+        q, k = self._queries_and_keys(smooth_t.unsqueeze(1))
         v = self.hidden_dropout(F.silu(self.v_proj(x_t.unsqueeze(1))))
         if self.chunk is not None and state["k"].shape[1] == self.chunk:  # a new chunk begins: forget the last
             state = {name: cache[:, :0] for name, cache in state.items()}
@@ -620,24 +669,106 @@ class GatedAttention(nn.Module):
         else:
             weights = laplace(wide) if self.function == "laplace" else relu2(wide)
         found = self.attention_dropout(self.weights(weights.to(v.dtype))) @ values  # (B, 1, v)
-        y = self._mix(residual_t.unsqueeze(1), update, reset, candidate, found)
+        y = self._gated(smooth_t.unsqueeze(1), residual_t.unsqueeze(1), found)
         return y.squeeze(1), {"k": keys, "v": values}
 
-    def _split(self, smooth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        widths = [self.dim, self.z_dim, self.v_dim, self.dim]
-        # A product for each: one for all, cut apart, would have to be pieced together again in the backward pass.
-        parts = zip(self.mx_proj.weight.split(widths), self.mx_proj.bias.split(widths), strict=True)
-        u, z, r, candidate = (F.linear(smooth, weight, bias) for weight, bias in parts)
-        shared = F.silu(z)  # (B, L, z)
-        q, k = (shared * self.kappa[i] + self.mu[i] for i in (0, 1))
-        return self.update_gate(torch.sigmoid(u)), q, k, self.reset_gate(F.silu(r)), candidate
+    def _projections(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of the update gate, of the shared z, of the reset gate and of the candidate.
 
-    def _mix(self, residual: Tensor, update: Tensor, reset: Tensor, candidate: Tensor, found: Tensor) -> Tensor:
-        h = self.dropout(F.silu(candidate + self.h_proj(found * reset)))  # (B, L, D)
-        return residual + update * (h - residual)
+        A product for each: one for all, cut apart, would have to be pieced together again in the backward pass.
+        """
+        widths = [self.dim, self.z_dim, self.v_dim, self.dim]
+        return list(zip(self.mx_proj.weight.split(widths), self.mx_proj.bias.split(widths), strict=True))
+
+    def _queries_and_keys(self, smooth: Tensor) -> tuple[Tensor, Tensor]:
+        shared = F.silu(F.linear(smooth, *self._projections()[1]))  # (B, L, z)
+        q, k = (shared * self.kappa[i] + self.mu[i] for i in (0, 1))
+        return q, k
+
+    def _gates(self, smooth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        update, _, reset, candidate = self._projections()
+        u, r, c = (F.linear(smooth, *projection) for projection in (update, reset, candidate))
+        return self.update_gate(torch.sigmoid(u)), self.reset_gate(F.silu(r)), c
+
+    def _gated(self, smooth: Tensor, residual: Tensor, found: Tensor) -> Tensor:
+        """What is made of that which attention found: ``(B, L, D)``."""
+        # Who compiles has the gates fused anyway; who hooks into h_proj wants it called.
+        plain = torch.compiler.is_compiling() or self.h_proj._forward_hooks or self.h_proj._forward_pre_hooks
+        if plain or not _exact(smooth, residual, found, self.mu):
+            u, r, c = self._gates(smooth)
+            h = self.dropout(F.silu(c + self.h_proj(found * r)))
+            return residual + u * (h - residual)
+        if self.update_gate._forward_hooks or self.reset_gate._forward_hooks:  # somebody is recording
+            with torch.no_grad():
+                self._gates(smooth)
+        keep = self.dropout(torch.ones_like(residual)) if self.training and self.dropout.p > 0 else None
+        inputs = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (smooth, residual, found, keep))
+        update, _, reset, candidate = self._projections()
+        parameters = *update, *reset, *candidate, self.h_proj.weight, self.h_proj.bias
+        return _Gates.apply(*inputs, *parameters).view(residual.shape)
 
     def extra_repr(self) -> str:
         return f"function={self.function!r}, causal={self.causal}, chunk={self.chunk}"
+
+
+# ---- the gates with a written backward pass ----------------------------------------------------------------------
+
+
+class _Gates(torch.autograd.Function):
+    """What follows the attention, some positions at a time; s the smoothed input, X the residual, O what was found::
+
+        u = sigmoid(s W_u)      R = s W_r      C = s W_h + (O * silu(R)) U_h      Y = X + u * (silu(C) - X)
+
+    One operation after the other makes a dozen tensors as long as the sequence, each written and read again. Here three
+    are kept, u, R and C; everything else lives and dies in the processor's cache. All ``(N, width)``; keep ``(N, D)``,
+    of dropout, multiplies silu(C).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, x: Tensor, found: Tensor, keep: Tensor | None, *parameters: Tensor) -> Tensor:
+        w_u, b_u, w_r, b_r, w_c, b_c, w_h, b_h = parameters
+        u, c, y = (torch.empty_like(x) for _ in range(3))
+        r = torch.empty_like(found)
+        for at in _stretches(x):
+            torch.addmm(b_u, s[at], w_u.T, out=u[at]).sigmoid_()
+            torch.addmm(b_r, s[at], w_r.T, out=r[at])
+            torch.addmm(b_c + b_h, s[at], w_c.T, out=c[at]).addmm_(F.silu(r[at]).mul_(found[at]), w_h.T)
+            h = F.silu(c[at]) if keep is None else F.silu(c[at]).mul_(keep[at])
+            torch.lerp(x[at], h, u[at], out=y[at])
+        ctx.save_for_backward(s, x, found, keep, w_u, w_r, w_c, w_h, u, r, c)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        s, x, found, keep, w_u, w_r, w_c, w_h, u, r, c = ctx.saved_tensors
+        ds, dx, d_found = (torch.empty_like(t) for t in (s, x, found))
+        d_wu, d_wr, d_wc, d_wh = (torch.zeros_like(w) for w in (w_u, w_r, w_c, w_h))
+        d_bu, d_br, d_bc = (w.new_zeros(len(w)) for w in (w_u, w_r, w_c))
+        sigmoid_backward, silu_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.silu_backward
+        for at in _stretches(x):
+            reset, h, d_h = F.silu(r[at]), F.silu(c[at]), dy[at] * u[at]
+            torch.sub(dy[at], d_h, out=dx[at])
+            if keep is not None:
+                h, d_h = h.mul_(keep[at]), d_h.mul_(keep[at])
+            d_u = sigmoid_backward(h.sub_(x[at]).mul_(dy[at]), u[at])
+            d_c = silu_backward(d_h, c[at])
+            d_gated = d_c @ w_h
+            torch.mul(d_gated, reset, out=d_found[at])
+            d_r = silu_backward(d_gated.mul_(found[at]), r[at])
+            torch.mm(d_u, w_u, out=ds[at]).addmm_(d_r, w_r).addmm_(d_c, w_c)
+            for d_weight, d_bias, d in zip((d_wu, d_wr, d_wc), (d_bu, d_br, d_bc), (d_u, d_r, d_c), strict=True):
+                d_weight.addmm_(d.T, s[at])
+                d_bias += d.sum(0)
+            d_wh.addmm_(d_c.T, reset.mul_(found[at]))
+        return ds, dx, d_found, None, d_wu, d_bu, d_wr, d_br, d_wc, d_bc, d_wh, d_bc
+
+
+def _stretches(x: Tensor) -> list[slice]:
+    return [slice(a, a + STRETCH) for a in range(0, len(x), STRETCH)]
+
+
+# ---- what the doors refuse ---------------------------------------------------------------------------------------
 
 
 def _each_pair(mask: Tensor, q: Tensor) -> Tensor:

@@ -391,7 +391,7 @@ def _s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, Cs: Sequence[Tensor], dt: T
         tables = []
         for C, next_c in zip(Cs, ahead, strict=True):
             alone, earlier = read_by(next_c)
-            read = 2 * torch.baddbmm(alone, earlier, rows, alpha=-1)  # 2: the other half of the states says the same
+            read = torch.baddbmm(alone, earlier, rows, beta=2, alpha=-2)  # 2: half of the states stands for all
             kernel = 2 * (write @ _reals(C.to(narrow).conj()).unsqueeze(-1)).squeeze(-1)
             tables.append(Tables(kernel, read, late, whole))
         return tables

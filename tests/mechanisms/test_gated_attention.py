@@ -77,13 +77,18 @@ def test_loop_equals_matrices_with_gradients(function, causal, length, masked):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("bias", ["none", "square", "simple", "rotary"])
+@pytest.mark.parametrize(
+    "bias", ["none", "square", "simple", "simple, by rows", "simple, not written out", "rotary", "rotary, by rows"]
+)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("length", "tile"), [(1, 1), (7, 8), (13, 40), (13, 52), (13, 10_000)])
+@pytest.mark.parametrize(("length", "tile"), [(1, 1), (7, 8), (7, 90), (13, 40), (13, 52), (13, 10_000)])
 def test_tiles_equal_the_whole_with_gradients(monkeypatch, function, causal, bias, masked, length, tile):
     monkeypatch.setattr(gated_attention, "TILE", tile)
     monkeypatch.setattr(gated_attention, "ROWS", 1)
     tensors = [*qkv(length, v=5), torch.randn(length, length, dtype=torch.float64)]
+    bias, _, how = bias.partition(", ")
+    if how == "not written out":
+        monkeypatch.setattr(gated_attention, "_in_place", lambda *inputs: False)
     module = {"simple": RelativeBias(9), "rotary": RotaryBias(4)}.get(bias, torch.nn.Identity()).double()
     weight = torch.randn(2, length, 5, dtype=torch.float64)
     mask = None
@@ -96,7 +101,8 @@ def test_tiles_equal_the_whole_with_gradients(monkeypatch, function, causal, bia
         q, k, v, square = inputs = [t.clone().requires_grad_() for t in tensors]
         given = {"none": None, "square": square}.get(bias)
         if bias in ("simple", "rotary"):
-            given = module(length) if form is attend else partial(module.rows, length=length)
+            in_tiles = partial(module.rows, length=length) if how == "by rows" else module.distances(length)
+            given = module(length) if form is attend else in_tiles
         y = form(q, k, v, function=function, bias=given, mask=mask, causal=causal)
         leaves = [*inputs, *module.parameters()]
         gradients = torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True)
@@ -105,15 +111,47 @@ def test_tiles_equal_the_whole_with_gradients(monkeypatch, function, causal, bia
         torch.testing.assert_close(tiled, whole, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize(("function", "bias"), [("softmax", "none"), ("softmax", "simple"), ("laplace", "rotary")])
-def test_tiles_never_hold_a_square(function, bias):
-    length, z = 1500, 4
+def test_tiles_never_hold_a_square(function, bias, by_rows, causal):
+    length, z = 5000, 4
     module = {"simple": RelativeBias(length), "rotary": RotaryBias(z)}.get(bias)
     q, k, v = (torch.randn(1, length, z, requires_grad=True) for _ in range(3))
     with Largest() as largest:
-        rows = None if module is None else partial(module.rows, length=length)
-        attend_in_tiles(q, k, v, function=function, bias=rows).sum().backward()
-    assert largest.numel <= gated_attention.TILE + length < length**2 / 8
+        given = None
+        if module is not None:
+            given = partial(module.rows, length=length) if by_rows else module.distances(length)
+        attend_in_tiles(q, k, v, function=function, bias=given, causal=causal).sum().backward()
+    assert largest.numel <= max(gated_attention.TILE, gated_attention.ROWS * length) < length**2 / 16
+
+
+def test_full_attention_of_the_unit_never_holds_a_square(monkeypatch):
+    monkeypatch.setattr(gated_attention, "TILE", 2**12)
+    monkeypatch.setattr(gated_attention, "ROWS", 8)
+    unit = GatedAttention(4, 2, 6, function="softmax", max_positions=50)
+    with Largest() as largest:
+        unit(torch.randn(2, 600, 4)).sum().backward()
+    assert largest.numel <= 8 * 2 * 600 < 600**2 / 16
+
+
+@pytest.mark.parametrize("on_weights", [None, lambda weights: weights * 0.5])
+def test_a_bias_by_distance_is_the_square_it_spans(on_weights):
+    q, k, v = qkv(6)
+    line = torch.randn(11, dtype=torch.float64)
+    square = torch.stack([line[5 - i : 11 - i] for i in range(6)])
+    for function in FUNCTIONS:
+        whole = attend(q, k, v, function=function, bias=square, on_weights=on_weights)
+        tiled = attend_in_tiles(q, k, v, function=function, bias=line, on_weights=on_weights)
+        torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("module", [RelativeBias(4), RotaryBias(4)])
+@pytest.mark.parametrize("length", [1, 2, 4, 9])
+def test_distances_are_the_first_column_and_row_of_the_bias(module, length):
+    square = module(length)
+    line = torch.cat([square[:, 0].flip(0), square[0, 1:]])
+    torch.testing.assert_close(module.distances(length), line)
 
 
 class Largest(TorchDispatchMode):
@@ -244,6 +282,45 @@ def test_step_equals_parallel(function, bias, length):
         y, state = unit.step(x[:, t], state, smooth[:, t], residual[:, t])
         steps.append(y)
     torch.testing.assert_close(torch.stack(steps, 1), unit(x, smooth, residual))
+
+
+@pytest.mark.parametrize("stretch", [1, 4, 1000])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 7), (3, 11)])
+def test_gates_in_stretches_equal_the_plain_ones_with_gradients(monkeypatch, batch, length, dropout, stretch):
+    monkeypatch.setattr(gated_attention, "STRETCH", stretch)
+    unit = GatedAttention(5, 4, 6, max_positions=11, dropout=dropout, hidden_dropout=dropout).double()
+    for p in unit.parameters():
+        torch.nn.init.normal_(p)
+    inputs = [torch.randn(batch, length, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(length, batch, 5, dtype=torch.float64).transpose(0, 1)  # a gradient that is not contiguous
+    results = []
+    for plain in (False, True):
+        if plain:
+            unit.h_proj.register_forward_hook(lambda *seen: None)
+        torch.manual_seed(3)
+        y = unit(*inputs)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), [*inputs, *unit.parameters()])])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+
+
+def test_whoever_looks_at_the_gates_sees_them_and_changes_nothing():
+    unit, x = GatedAttention(4, 2, 6), torch.randn(2, 5, 4)
+    y, seen = unit(x), {}
+    for name in ("update_gate", "reset_gate"):
+        getattr(unit, name).register_forward_hook(lambda _m, _a, gate, name=name: seen.update({name: gate}))
+    assert torch.equal(unit(x), y)
+    update, _, reset, _ = unit.mx_proj(x).split([4, 2, 6, 4], dim=-1)
+    torch.testing.assert_close(seen["update_gate"], update.sigmoid())
+    torch.testing.assert_close(seen["reset_gate"], torch.nn.functional.silu(reset))
+
+
+def test_gates_under_autocast():
+    unit, x = GatedAttention(4, 2, 6), torch.randn(2, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = unit(x)
+    torch.testing.assert_close(y, unit(x), rtol=0.02, atol=0.02)
 
 
 def test_update_gate_open_and_shut():
