@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import tasks
+from ._command import run
 from .tasks import DataError, PairSplit, Split, Task
 from .tasks.base import DataNotFound, read_folders, write_folder
 
@@ -165,4 +166,4 @@ def _summary(split: Split, classes: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from . import models, published
+from ._command import run
 from .training.records import Record, RecordError, read_record
 
 if TYPE_CHECKING:  # drawing is asked for seldom, and matplotlib is slow to load
@@ -496,4 +497,4 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -153,7 +153,7 @@ class Split:
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Split:
         """The items at `indices` (integers, or one bool per item), sharing the flat array."""
-        chosen = np.arange(len(self))[np.asarray(indices)]
+        chosen = _chosen(len(self), indices)
         part = copy.copy(self)
         part.starts, part.lengths, part.labels = self.starts[chosen], self.lengths[chosen], self.labels[chosen]
         if isinstance(self.scale, np.ndarray):
@@ -195,12 +195,17 @@ class PairSplit(Split):
 
     def select(self, indices: Sequence[int] | np.ndarray) -> PairSplit:
         """The pairs at `indices` (integers, or one bool per pair), sharing the documents."""
-        chosen = np.arange(len(self))[np.asarray(indices)]
+        chosen = _chosen(len(self), indices)
         return PairSplit(self.documents, self.pairs[chosen], self.labels[chosen])
 
     def __repr__(self) -> str:
         longest = int(self.lengths.max()) if len(self) else 0
         return f"PairSplit({len(self):,} pairs, longest {longest:,})"
+
+
+def _chosen(count: int, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """As integers; none at all are no integers to numpy, unless told."""
+    return np.arange(count)[np.asarray(indices, dtype=None if len(indices) else np.intp)]
 
 
 @dataclass(frozen=True)
