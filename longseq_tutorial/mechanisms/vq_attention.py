@@ -762,11 +762,6 @@ class VectorQuantizer(nn.Module):
             distance = torch.minimum(distance, (keys - chosen[-1]).square().sum(-1))
         return torch.cat(chosen, dim=1)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Weights that were saved before draws were counted load as well: none were drawn."""
-        state_dict.setdefault(f"{prefix}draws", torch.zeros_like(self.draws))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "VectorQuantizer":
         """Move and cast as any module, but keep sums and counts in float32 or better."""
         before = {name: self.get_buffer(name) for name in ("code_sum", "code_count")}
