@@ -218,12 +218,13 @@ def fused(q, k, v, *rest, out_shape=None, **options):
 
 
 def added(y, a, b, *rest, out_shape=None, **options):
-    """Nor products that are added to what is there: y (n, i, k) += a (n, i, j) times b (n, j, k)."""
+    """Nor products that are added to what is there: y (.., i, k) += a (.., i, j) times b (.., j, k)."""
     return 2 * math.prod(a) * b[-1]
 
 
 known = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused,
+    torch.ops.aten.addmm_: added,
     torch.ops.aten.baddbmm_: added,
 }
 cost = {}
@@ -271,7 +272,7 @@ show(
 
 # %% [markdown]
 # In the left picture the two quadratic models climb; all others lie flat, or even fall, where something has to be prepared
-# once whatever the length (SPADE's S4 and its powers of a matrix). That the right picture is flat even for full attention is
+# once whatever the length (the tables of SPADE's S4). That the right picture is flat even for full attention is
 # the work of tiles and fused calls (chapters 03 and 04): the map is never held, but it is still computed.
 
 # %% [markdown]

@@ -364,8 +364,8 @@ print("the same data, epochs, batch and seed for all seven:", len(same) == 1)
 # %% [markdown]
 # And the seven beside each other. Each hears the same clips in the same order, through the same kind of patch
 # embedding and with the same kind of head; what differs is what stands between them. (`longvq` is our reconstruction;
-# notebook 06 says from what. The minutes are by the clock, several runs at a time on two cores: they say that each fits
-# an ordinary machine, and do not compare speeds; notebook 09 does.)
+# notebook 06 says from what. The minutes are the processor's, all of training and evaluation on one thread: they say that each
+# fits an ordinary machine. What a step costs as sequences grow, notebook 09 measures.)
 
 # %%
 clips, names = real_clips(record.recipe["data"])  # prepared as in the trainings
@@ -389,7 +389,7 @@ def error_of(r):
 print(f"{'model':13}{'parameters':>11}{'minutes':>9}{'official test (%)':>19}{'clips below':>15}")
 for name, r in records.items():
     test = f"{100 * r.test['accuracy']:.1f} ± {error_of(r):.1f}"
-    print(f"{name:13}{r.parameters:11,}{r.seconds / 60:9.1f}{test:>19}{right[name]:>9} of {len(clips)}")
+    print(f"{name:13}{r.parameters:11,}{r.cpu_seconds / 60:9.1f}{test:>19}{right[name]:>9} of {len(clips)}")
 by_test = sorted(records, key=lambda name: -records[name].test["accuracy"])
 first, second, last = (records[by_test[i]].test["accuracy"] for i in (0, 1, -1))
 for said, gap, noise in (

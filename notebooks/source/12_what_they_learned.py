@@ -768,9 +768,8 @@ show(
 #
 # ## Quality against cost
 #
-# Every record knows what its run cost. Left, accuracy over the time of training, right, over parameters. (Where a record does not
-# hold processor minutes, the axis shows minutes by the clock, and whatever else the machine did is in them.) Vertical bars are
-# one standard error, from the finite test alone: look first whether two models differ at all.
+# Every record knows what its run cost. Left, accuracy over the processor's minutes of training, right, over parameters. Vertical
+# bars are one standard error, from the finite test alone: look first whether two models differ at all.
 
 # %%
 show(results.plot(rows), results.describe(rows))
