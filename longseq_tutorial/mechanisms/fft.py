@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 __all__ = ["circular_convolution", "good_length", "long_convolution", "long_convolution_direct", "working_dtype"]
 
-TILE = 1024  # steps to turn at once on a CPU: a long sequence turned as a whole leaves the cache with every number
+TILE = 512  # steps to turn at once on a CPU: a long sequence turned as a whole leaves the cache with every number
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:

@@ -758,7 +758,8 @@ show(
 # positions of 64 channels fit the cache, so tiles fetch each line once. In short sequences, which fit the cache anyway,
 # there is nothing to win.
 #
-# The package's form is the third one: on a CPU it turns 128 positions at a time.
+# The package's form is the third one: on a CPU it turns 512 positions at a time, so that the longer lines of its copies
+# make up for a larger share of the cache.
 #
 # With gradients a second step counts. Autograd takes an `rfft` back by a *complex* transform of all $n$ waves,
 # half of them zeros, and throws the imaginary part away. But we know what the gradients are: a product with the
