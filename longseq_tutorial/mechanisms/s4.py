@@ -378,9 +378,8 @@ def _s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, Cs: Sequence[Tensor], dt: T
 
         def read_by(c: Tensor) -> tuple[Tensor, Tensor]:
             """``c M**t (D, C, N)``, and how much of each earlier row to take off: ``c M**(t-1-s) k (D, C, C)``."""
-            c = (
-                c.to(narrow).unsqueeze(1).conj().resolve_conj()
-            )  # Re sum(c z) is a product of real numbers: those of conj(c) and of z
+            # Re sum(c z) is a product of real numbers: those of conj(c) and of z.
+            c = c.to(narrow).unsqueeze(1).conj().resolve_conj()
             return _reals(mirrored * c), _below(moved @ _reals(c).mT)
 
         alone, earlier = read_by(row)
@@ -391,7 +390,9 @@ def _s4_tables(Lambda: Tensor, P: Tensor, B: Tensor, Cs: Sequence[Tensor], dt: T
         tables = []
         for C, next_c in zip(Cs, ahead, strict=True):
             alone, earlier = read_by(next_c)
-            read = torch.baddbmm(alone, earlier, rows, beta=2, alpha=-2)  # 2: half of the states stands for all
+            # 2, since half of the states stands for all. (It also makes the gradient of `alone` a tensor of its own: a
+            # slice of a larger one may begin between the parts of a complex number, which autograd refuses.)
+            read = torch.baddbmm(alone, earlier, rows, beta=2, alpha=-2)
             kernel = 2 * (write @ _reals(C.to(narrow).conj()).unsqueeze(-1)).squeeze(-1)
             tables.append(Tables(kernel, read, late, whole))
         return tables

@@ -531,7 +531,7 @@ for i, (a, b) in enumerate(zip(loud_rate, quiet_rate, strict=True), start=1):
 # %% [markdown]
 # The pictures invite stories. On ListOps nobody wakes in the first layer; the second prefers operators and passes over the
 # closing brackets; the third is awake at about every second token and has favourites among the digits. On text hardly anybody
-# wakes: a token in fifty in the second layer, and next to none elsewhere. What that model knows of reviews it knows by its EMA.
+# wakes: a token in fifty in the second layer, and next to none elsewhere. All others take what the EMA brings, and nothing else.
 # On speech the highest layer never sleeps: it has become ordinary attention. Is it because the task needs it, or because nobody ever asked
 # it to sleep? And do the chosen tokens *matter*? Both are questions about causes, and wait for the last part.
 #
