@@ -109,7 +109,8 @@ def _run(
         reverse = reverse_tables(block)
         if length % block:  # silence after the end changes nothing before it
             x = F.pad(x, (0, 0, 0, -length % block))
-        against = reverse.read.flip(1), reverse.write.flip(2), reverse.decay  # its time runs the other way
+        # Its time runs the other way. (Both may share the decay, and torch.compile wants each tensor once: a view.)
+        against = reverse.read.flip(1), reverse.write.flip(2), reverse.decay.view_as(reverse.decay)
         y, h = blocks(x, _toeplitz(whole, reverse), *whole[1:], *against, h)
         return y[:, :length], h.transpose(0, 1)
     head = length % block  # a few steps by themselves, so that the state at the end is the true one
@@ -319,13 +320,34 @@ def _carry(states: Tensor, a: int, b: int, written: Tensor, decay: Tensor, *, ba
     """From the state at boundary a (back: b) and what blocks a .. b-1 write: the states at the boundaries after it."""
     after = states[:, a:b] if back else states[:, a + 1 : b + 1]
     after.copy_(written.view_as(after))
-    at = (_pairs(states) if decay.is_complex() else states)[:, a : b + 1].unbind(1)
+    at = (_pairs(states) if decay.is_complex() else states)[:, a : b + 1]  # (d, j + 1, B, N)
+    (_one_by_one if states.device.type == "cpu" else _by_doubling)(at, decay, back)
+
+
+def _one_by_one(at: Tensor, decay: Tensor, back: bool) -> None:
+    """Each boundary takes what the one before it leaves: the least arithmetic, in j calls."""
     matrix, factor = decay.mT.contiguous(), decay.unsqueeze(1)  # as it lies, a product of few rows takes half the time
-    for before, here in pairwise(at[::-1] if back else at):
+    for before, here in pairwise(at.unbind(1)[::-1] if back else at.unbind(1)):
         if decay.dim() == 3:
             here.add_(torch.bmm(before, matrix))
         else:
             here.addcmul_(factor, before)
+
+
+def _by_doubling(at: Tensor, decay: Tensor, back: bool) -> None:
+    """The same in log2(j) calls over all boundaries, for a GPU, where a call may take longer than its arithmetic.
+
+    After calls with steps of 1, 2, 4, .., each boundary holds what the last 2, 4, 8, .. have left there.
+    """
+    step = 1
+    while step < at.shape[1]:
+        before, here = (at[:, step:], at[:, :-step]) if back else (at[:, :-step], at[:, step:])
+        if decay.dim() == 3:
+            left, decay = (before.flatten(1, 2) @ decay.mT).view_as(here), decay @ decay
+        else:
+            left, decay = before * decay[:, None, None], decay * decay
+        here += left
+        step *= 2
 
 
 def _adjoint(decay: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .devices import at_once
+
 __all__ = [
     "BucketedBias",
     "chunk_attention",
@@ -37,7 +39,9 @@ Attend = Callable[..., Tensor]
 Watcher = Callable[[Tensor], Tensor]
 Cache = tuple[Tensor, Tensor]  # the keys (..., seen, z) and values (..., seen, v) a stream still remembers
 
-GROUP = 2**20  # scores worked on at once, 4 MiB in float32. Larger tensors are fetched from the system page by page.
+GROUP = (
+    2**20
+)  # scores worked on at once on a CPU, 4 MiB in float32. Larger tensors are fetched from the system page by page.
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -358,12 +362,12 @@ def _along_diagonals(line: Tensor, block: int) -> Tensor:
 def _group(q: Tensor, width: int, on_weights: Watcher | None) -> int:
     """How many of the blocks of q ``(..., N, C, z)``, each with ``width`` keys, to work on at once.
 
-    All of them if somebody wants to see the weights; and on a GPU, which reuses its memory and likes large calls.
+    All of them if somebody wants to see the weights.
     """
     blocks, scores = q.shape[-3], q[..., 0].numel() * width
-    if on_weights is not None or q.device.type != "cpu":
+    if on_weights is not None:
         return blocks
-    return max(1, min(blocks, GROUP * blocks // max(1, scores)))
+    return max(1, min(blocks, at_once(q, GROUP) * blocks // max(1, scores)))
 
 
 def _groups(blocks: Tensor, group: int) -> Sequence[Tensor]:

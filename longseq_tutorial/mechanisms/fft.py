@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .devices import at_once
+
 __all__ = ["circular_convolution", "good_length", "long_convolution", "long_convolution_direct", "working_dtype"]
 
 TILE = 512  # steps to turn at once on a CPU: a long sequence turned as a whole leaves the cache with every number
@@ -126,8 +128,10 @@ class _Convolution(torch.autograd.Function):
         of_circle = None
         if ctx.needs_input_grad[1]:
             together = spectrum[0] * heard[0]  # (D, n/2 + 1)
-            for one, other in zip(spectrum[1:], heard[1:], strict=True):  # one by one: no tensor as large as all
-                together = together.addcmul_(one, other)
+            some = max(1, at_once(u, 1) // together.numel())  # on a CPU one by one: no tensor as large as all
+            for b in range(1, len(spectrum), some):
+                one, other = spectrum[b : b + some], heard[b : b + some]
+                together = together.addcmul_(one[0], other[0]) if some == 1 else together.add_((one * other).sum(0))
             if len(together) > len(circle):  # one kernel for several channels
                 together = together.unflatten(0, (len(circle), -1)).sum(1)
             of_circle = torch.fft.irfft(together, n=size)

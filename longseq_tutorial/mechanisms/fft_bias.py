@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .devices import at_once
 from .fft import circular_convolution, good_length, working_dtype
 
 __all__ = [
@@ -141,9 +142,8 @@ def toeplitz_product_2d_full(lags: Tensor, v: Tensor) -> Tensor:
         torus = _circle(lags, size, working_dtype(lags, v))
         spectrum = torch.fft.rfft2(torus).unsqueeze(1)  # (H, 1, ..): one for every sequence and channel
         rows = v.to(torus.dtype).movedim((-2, -1), (1, 2))  # (B, H, d, X, Y)
-        heads = v.shape[-2]
-        if v.device.type == "cpu":  # large images a few heads at a time: nearer to the caches, less memory
-            heads = max(1, PIECE * heads // max(1, v.numel()))
+        # large images a few heads at a time: nearer to the caches, less memory
+        heads = max(1, at_once(v, PIECE) * v.shape[-2] // max(1, v.numel()))
         y = [
             torch.fft.irfft2(torch.fft.rfft2(some, s=size) * waves, s=size)[..., : grid[0], : grid[1]]
             for some, waves in zip(rows.split(heads, dim=1), spectrum.split(heads), strict=True)

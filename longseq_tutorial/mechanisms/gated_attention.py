@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .devices import at_once
+
 __all__ = [
     "FUNCTIONS",
     "GatedAttention",
@@ -37,7 +39,7 @@ LAPLACE_MEAN = 0.707107
 LAPLACE_STD = 0.282095
 
 FUNCTIONS = ("softmax", "laplace", "relu2")
-TILE = 2**18  # scores worked on at once: 1 MiB in float32, half of a common second-level cache
+TILE = 2**18  # scores worked on at once on a CPU: 1 MiB in float32, half of a common second-level cache
 ROWS = 256  # but at least so many queries: thinner matrix products are slow
 STRETCH = 512  # positions whose gates are worked on at once
 BiasRows = Callable[[int, int], Tensor]  # the rows first .. last-1 of a bias, (last - first, L)
@@ -232,7 +234,7 @@ def attend_in_tiles(
         on_weights: wants to see the weights, so all of them are made: the call goes to :func:`attend`.
     """
     length = q.shape[-2]
-    rows = max(1, TILE // max(1, q[..., 0].numel()))
+    rows = max(1, at_once(q, TILE) // max(1, q[..., 0].numel()))
     square, rows_of = (None, bias) if callable(bias) else (bias, None)
     if square is not None and square.shape == (2 * length - 1,):
         rows_of, square = partial(_laid_out, square), None

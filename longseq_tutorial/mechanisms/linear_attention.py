@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .devices import at_once
 from .fft import working_dtype
 
 __all__ = [
@@ -45,7 +46,7 @@ __all__ = [
 FeatureMap = Callable[[Tensor], Tensor]
 
 CHUNK = 128  # keys that are compared pair by pair in the causal fast form; longer ago they are in the state
-BLOCK = 2**19  # numbers in one tensor of pairs: 2 MB in float32, about what a processor's cache holds
+BLOCK = 2**19  # numbers in one tensor of pairs on a CPU: 2 MB in float32, about what its cache holds
 
 
 # ---- feature maps ----------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def linear_attention(
     keep = _check(q, k, v, mask, causal, eps)
     logs = _log_features(feature_map) is not None
     # One segment of chunks after the other, small enough that its features and pairs stay in the processor's cache.
-    block = (BLOCK if q.device.type == "cpu" else 64 * BLOCK) // max(1, q[..., 0, 0].numel())
+    block = at_once(q, BLOCK) // max(1, q[..., 0, 0].numel())
     size = CHUNK * max(1, block // CHUNK**2)
     keeps = [None] * -(-k.shape[-2] // size) if keep is None else keep.split(size, dim=-2)
     queries, keys = q.split(size, dim=-2), list(zip(k.split(size, dim=-2), v.split(size, dim=-2), keeps, strict=True))

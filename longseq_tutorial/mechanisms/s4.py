@@ -19,7 +19,7 @@ Letters: B batch, L length, D channels, N state size (even), h = N/2.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import BLOCK, Tables, block_recurrence
+from .devices import at_once
 from .fft import good_length, working_dtype
 
 __all__ = [
@@ -51,7 +52,7 @@ __all__ = [
 
 KINDS = ("lin", "inv", "inv2", "quad", "real", "legs")
 METHODS = ("zoh", "bilinear")
-_BLOCK = 1 << 19  # numbers in one table of `s4_kernel`: small enough for a cache, large enough to keep it busy
+_BLOCK = 1 << 19  # numbers in one table of `s4_kernel` on a CPU: small enough for a cache, large enough to keep it busy
 
 
 # ---- what to remember: HiPPO and its relatives ---------------------------------------------------------------------
@@ -463,7 +464,7 @@ def s4_kernel(Lambda: Tensor, P: Tensor, B: Tensor, C_tilde: Tensor, dt: Tensor,
         tops = 2 * torch.cat([tops.real, -(tops * poles.conj().unsqueeze(1)).real], dim=1)  # (D, 8, N/2)
         k = torch.arange((length + 1) // 2, dtype=torch.float64, device=B.device)  # below Nyquist
         tangent = torch.tan(math.pi / length * k).to(dtype)
-        blocks = tangent.split(max(1, _BLOCK // poles.numel()))
+        blocks = tangent.split(max(1, at_once(poles, _BLOCK) // poles.numel()))
         response = _response
         if torch.is_grad_enabled() and len(blocks) > 1:  # forget the sums, compute them again on the way back
             response = partial(checkpoint, _response, use_reentrant=False, preserve_rng_state=False)
@@ -546,7 +547,13 @@ class _StateSpace(nn.Module):
         if self.kernel_seen._forward_hooks:
             self.kernel(u.shape[1])  # somebody is recording: show the kernel, which blocks can do without
         *shared, C, dt = self.system()
-        tables = cache(partial(self._tables, *shared, C.split(self.dim), dt))  # block -> those of each direction
+        made: dict[int, list[Tables]] = {}  # block -> the tables of each direction, which have most in common
+
+        def tables(block: int) -> list[Tables]:
+            if block not in made:
+                made[block] = self._tables(*shared, C.split(self.dim), dt, block)
+            return made[block]
+
         skip = self.skip.to(dt.dtype) if mask is None else torch.zeros_like(dt)  # in the kernel it costs nothing
 
         def there(block: int) -> Tables:

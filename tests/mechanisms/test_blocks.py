@@ -62,13 +62,21 @@ def step_by_step(x, decay, write, read, h):
     return torch.stack(y, 1), h
 
 
-@pytest.mark.parametrize("kind", ["real", "complex", "matrix"])
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 37])
-@pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("form", [block_recurrence, block_recurrence_plain])
-def test_blocks_equal_steps_with_state_and_gradients(monkeypatch, kind, length, begun, form):
-    monkeypatch.setattr(blocks, "STRETCH", 800)  # bytes: several stretches even here
+@pytest.fixture(params=["plain", "stretches", "doubling"])
+def form(request, monkeypatch):
+    """All blocks at once; a stretch at a time, several even here; and how a GPU carries states over the boundaries."""
+    monkeypatch.setattr(blocks, "STRETCH", 800)  # bytes
     monkeypatch.setattr(blocks, "TILE", 2)  # of 3 channels
+    if request.param == "doubling":
+        monkeypatch.setattr(blocks, "STRETCH", 3200)
+        monkeypatch.setattr(blocks, "_one_by_one", blocks._by_doubling)
+    return block_recurrence_plain if request.param == "plain" else block_recurrence
+
+
+@pytest.mark.parametrize("kind", ["real", "complex", "matrix"])
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 37, 70])
+@pytest.mark.parametrize("begun", [False, True])
+def test_blocks_equal_steps_with_state_and_gradients(kind, length, begun, form):
     parameters = draw(kind)
     x = torch.randn(2, length, 3, dtype=DOUBLE, requires_grad=True)
     h0 = torch.randn(2, 3, 4, dtype=parameters[1].dtype) * begun
@@ -88,11 +96,8 @@ def test_blocks_equal_steps_with_state_and_gradients(monkeypatch, kind, length, 
 
 
 @pytest.mark.parametrize("kind", ["real", "complex", "matrix"])
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 37])
-@pytest.mark.parametrize("form", [block_recurrence, block_recurrence_plain])
-def test_two_directions(monkeypatch, kind, length, form):
-    monkeypatch.setattr(blocks, "STRETCH", 800)
-    monkeypatch.setattr(blocks, "TILE", 2)
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 37, 70])
+def test_two_directions(kind, length, form):
     there, back = draw(kind), draw(kind, n=5, seed=1)  # they need not have as many states
     x = torch.randn(2, length, 3, dtype=DOUBLE, requires_grad=True)
     weight = torch.randn(2, length, 3, dtype=DOUBLE)
