@@ -181,7 +181,7 @@ def seqboat_layer(
     arrays = _tensors(state_dict)
     options = dict(attention=attention, window=window, bias=bias, norm=norm, prenorm=prenorm, truncation=truncation)
     config = _seqboat_config(arrays, "", causal=not bidirectional, **options)
-    return _fill(SeqBoatLayer(config), arrays, SEQBOAT, _seqboat_parts(config, SEQBOAT))
+    return _fill(SeqBoatLayer(config), arrays, SEQBOAT)
 
 
 def seqboat_classifier(
@@ -302,14 +302,7 @@ def authors_names(module: nn.Module, *, gradients: bool = False) -> dict[str, Te
     own: dict[str, Tensor | None] = (
         {n: p.grad for n, p in module.named_parameters()} if gradients else dict(module.state_dict())
     )
-    found = {names[n]: t.reshape(shapes[names[n]]) for n, t in own.items() if n in names and t is not None}
-    for name, (whole, part) in getattr(module, "_authors_rest", {}).items():
-        if name in found:  # we hold a part of theirs: the rest is as it was, and has no gradient
-            theirs = whole.to(found[name], copy=True)
-            theirs = theirs.zero_() if gradients else theirs
-            theirs[part] = found[name].detach()
-            found[name] = theirs
-    return found
+    return {names[n]: t.reshape(shapes[names[n]]) for n, t in own.items() if n in names and t is not None}
 
 
 def _options(like: Callable[..., nn.Module], same: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,14 +363,6 @@ def _seqboat_config(arrays: Mapping[str, Tensor], prefix: str, **options: Any) -
     return config
 
 
-def _seqboat_parts(config: SeqBoatConfig, names: Mapping[str, str]) -> dict[str, slice]:
-    """The authors' local bias holds 6 w - 1 numbers, of which the attention can reach the 2 w + 1 that ours holds."""
-    if config.bias != "local" or config.window is None:
-        return {}
-    reached = slice(3 * config.window - 1, 5 * config.window)
-    return {theirs: reached for ours, theirs in names.items() if ours.endswith("attention.table")}
-
-
 def _whole_model(state_dict: StateDict, task: str) -> dict[str, Tensor]:
     """The arrays of a classifier, after a first look at whether they are those of one."""
     if task not in ("text", "retrieval", "pixels", "audio"):
@@ -428,15 +413,11 @@ def _classifier(
         )
     head = Head(inputs, width, arrays["sentence_projection_layer.weight"].shape[0])
     model = PairClassifier(encoder, head, nli_head) if task == "retrieval" else Classifier(encoder, head)
-    parts = _seqboat_parts(config, names) if isinstance(config, SeqBoatConfig) else {}
-    return _fill(model, arrays, names, parts)
+    return _fill(model, arrays, names)
 
 
-def _fill(
-    module: M, arrays: Mapping[str, Tensor], names: Mapping[str, str], parts: Mapping[str, slice] | None = None
-) -> M:
-    """Copy the arrays in, or of those named in ``parts`` a part; every array must be used, every parameter filled."""
-    whole, arrays = arrays, {n: a[parts[n]] if parts and n in parts else a for n, a in arrays.items()}
+def _fill(module: M, arrays: Mapping[str, Tensor], names: Mapping[str, str]) -> M:
+    """Copy the arrays in; every array must be used, every parameter filled."""
     dtypes = {t.dtype for t in arrays.values() if t.is_floating_point()}
     if len(dtypes) != 1:
         raise ValueError(f"wanted one floating-point dtype in the state dict; got {sorted(map(str, dtypes))}.")
@@ -456,7 +437,6 @@ def _fill(
     module.load_state_dict({n: arrays[t].reshape(ours[n].shape) for n, t in theirs.items()}, strict=False)
     module._authors_names = theirs  # type: ignore[assignment]
     module._authors_shapes = {t: tuple(arrays[t].shape) for t in theirs.values()}  # type: ignore[assignment]
-    module._authors_rest = {t: (whole[t], part) for t, part in (parts or {}).items()}  # type: ignore[assignment]
     return module.eval()
 
 

@@ -278,12 +278,12 @@ def test_seqboat_classifiers_of_signals_take_the_authors_names(bias):
         np.testing.assert_array_equal(values.numpy(), state[name], err_msg=name)
 
 
-def test_a_local_bias_keeps_the_numbers_that_are_never_read():
-    """6 w - 1 in the authors' code, 2 w + 1 in ours: the others go there and back, and get no gradient."""
+def test_of_a_local_bias_the_middle_is_read():
+    """It holds 6 w - 1 numbers, of which 2 w + 1 can be reached: the others get no gradient, here as there."""
     name = "seqboat_layer_relu2_localpos_batchnorm_prenorm_train"
     arrays = golden.load(name)
     module, x, _ = layer(name, arrays)
-    assert module.attention.table.shape == (9,)
+    assert module.attention.table.shape == (23,)  # w = 4
     module(x).sum().backward()
     table = "rel_pos_bias.rel_pos_bias"
     np.testing.assert_array_equal(official.authors_names(module)[table].numpy(), arrays[f"param.{table}"])

@@ -14,8 +14,8 @@ Source: Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling",
 
 Where we differ from that code, on purpose: hidden keys get no weight at all (there the Laplace function gives them
 0.006), and we always compress (there one fully active sample in the batch makes all others attend in original
-positions). Its table for compressed distances holds ``6 w - 1`` numbers, of which ``[3w-1 : 5w]`` are ever read; ours
-holds these ``2 w + 1``.
+positions). Its table for compressed distances holds ``6 w - 1`` numbers, of which ``[3w-1 : 5w]`` are ever read; so
+does ours, that sizes and weights may be compared.
 
 Letters: B batch, L length, D channels, M active tokens of the fullest sample, z and v widths, w window.
 """
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .devices import at_once, uncompiled
 from .fft import working_dtype
 
 __all__ = [
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 BIASES = ("global", "local", "rotary")
-TILE = 2**20  # scores computed at a time
+TILE = 2**20  # scores computed at a time on a CPU
 
 State = dict[str, Tensor]
 
@@ -80,8 +81,8 @@ class LatentConfigurator(nn.Module):
             raise ValueError(f"logits must be (batch, length, 2), skip and activate; got {tuple(logits.shape)}.")
         _check_flags("mask", mask, logits)
         dtype = working_dtype(logits)
-        shift = torch.tensor([self.act_bias, 0.0], dtype=dtype, device=logits.device)
-        p = torch.softmax((logits.to(dtype) + shift) / self.log_temperature.to(dtype).exp(), dim=-1)  # (B, L, 2)
+        shifted = logits.to(dtype) + F.pad(logits.new_full((1,), self.act_bias, dtype=dtype), (0, 1))
+        p = torch.softmax(shifted / self.log_temperature.to(dtype).exp(), dim=-1)  # (B, L, 2)
         active = p[..., 1] > p[..., 0]
         return (active if mask is None else active & mask), p.max(-1).values
 
@@ -232,7 +233,7 @@ def memory_attention(
         valid = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
 
     if window is None:
-        rows = max(1, TILE // (q.shape[0] * length))
+        rows = max(1, at_once(q, TILE) // (q.shape[0] * length))
 
         def tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, start: int) -> Tensor:
             apart = ranks - ranks[start : start + rows, None]  # (C, M): j - i
@@ -264,7 +265,7 @@ def memory_attention(
         return _read(q, k, v, function, window if causal else 2 * window, bias, apart, near & real, on_weights)
 
     # A group of blocks at a time: small tensors are reused while warm, large ones come cold from the system.
-    many = max(1, TILE // (q.shape[0] * block * view))
+    many = max(1, at_once(q, TILE) // (q.shape[0] * block * view))
     y = [group(*some) for some in zip(*(part.split(many, dim=1) for part in parts), strict=True)]
     return torch.cat(y, dim=1).flatten(1, 2)[:, :length]
 
@@ -358,7 +359,8 @@ class SparseActivation(nn.Module):
         window: w, how many *active* tokens to each side are remembered; None for all.
         function: None for softmax, or an element-wise function: see :func:`memory_attention`.
         bias: "global" (a number per original distance), "local" (per distance among the active tokens; needs a
-            window), or "rotary" (no numbers: queries and keys are turned by their original positions).
+            window, and reads the 2 w + 1 numbers in the middle of its 6 w - 1), or "rotary" (no numbers: queries and
+            keys are turned by their original positions).
         max_positions: P of the global bias; farther distances share the values at its ends.
         causal: look back only.
         dropout, attention_dropout, hidden_dropout: on what comes out of h_proj, on the weights, on the values.
@@ -403,7 +405,7 @@ class SparseActivation(nn.Module):
         self.h_proj = nn.Linear(v_dim, dim)
         self.kappa = nn.Parameter(torch.empty(2, z_dim))  # row 0 makes the query from z, row 1 the key
         self.mu = nn.Parameter(torch.zeros(2, z_dim))
-        numbers = {"global": 2 * max_positions - 1, "local": 2 * (window or 0) + 1, "rotary": 0}[bias]
+        numbers = {"global": 2 * max_positions - 1, "local": 6 * (window or 0) - 1, "rotary": 0}[bias]
         self.table = nn.Parameter(torch.empty(numbers)) if numbers else None
         self.dropout = nn.Dropout(dropout)
         self.attention_dropout = nn.Dropout(attention_dropout)
@@ -431,11 +433,8 @@ class SparseActivation(nn.Module):
         active, confidence = self.router(logits, mask)
         self.active_seen(active.to(confidence.dtype))
         confidence = self.confidence_seen(confidence)
-        packed, index = compress(h, active)  # (B, M, D), (B, L)
-        valid = torch.arange(packed.shape[1], device=h.device) < index.amax(1, keepdim=True)  # (B, M)
-        time = torch.arange(h.shape[1], device=h.device).expand(index.shape)
-        time = compress(time.unsqueeze(-1), active)[0].squeeze(-1)  # (B, M): where the active tokens stood
-        y = extract(self._attend(packed, time, valid), index)  # (B, L, D)
+        # How many are active differs from batch to batch: torch.compile would make new code for each number.
+        y = uncompiled(self._attend_active)(h, active)
         return (confidence.unsqueeze(-1) * y).to(h.dtype)
 
     def initial_state(self, batch: int) -> State:
@@ -491,10 +490,17 @@ class SparseActivation(nn.Module):
         if self.bias == "global":
             apart = (state["position"][awake] - time[awake].unsqueeze(1)).unsqueeze(1)  # (R, 1, slots)
         keys, values = state["k"][awake].to(q.dtype), state["v"][awake].to(v.dtype)
-        found = _read(q, keys, values, self.function, self.window, self.table, apart, visible, self._on_weights)
+        found = _read(q, keys, values, self.function, self.window, self._distances, apart, visible, self._on_weights)
         found = self.dropout(self.h_proj(found * reset)).squeeze(1)  # (R, D)
         found = confidence[awake].unsqueeze(-1) * found
         return y.index_copy(0, awake, found.to(y.dtype)), state
+
+    @property
+    def _distances(self) -> Tensor | None:
+        """What a key adds at each distance that is told apart; of a local table the part that can be reached."""
+        if self.bias != "local" or self.window is None or self.table is None:
+            return self.table
+        return self.table[3 * self.window - 1 : 5 * self.window]
 
     def _project(self, packed: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z, reset, v = F.silu(self.mx_proj(packed)).split([self.z_dim, self.v_dim, self.v_dim], dim=-1)
@@ -502,6 +508,14 @@ class SparseActivation(nn.Module):
         if self.bias == "rotary":
             q, k = rope(q, time), rope(k, time)
         return q, k, self.hidden_dropout(v), reset
+
+    def _attend_active(self, h: Tensor, active: Tensor) -> Tensor:
+        """The unit for the active ones of ``h (B, L, D)`` by themselves: ``(B, L, D)``, zeros for the others."""
+        packed, index = compress(h, active)  # (B, M, D), (B, L)
+        valid = torch.arange(packed.shape[1], device=h.device) < index.amax(1, keepdim=True)  # (B, M)
+        time = torch.arange(h.shape[1], device=h.device).expand(index.shape)
+        time = compress(time.unsqueeze(-1), active)[0].squeeze(-1)  # (B, M): where the active tokens stood
+        return extract(self._attend(packed, time, valid), index)
 
     def _attend(self, packed: Tensor, time: Tensor, valid: Tensor | None) -> Tensor:
         """The gated attention unit on ``(B, M, D)`` tokens that stood at ``time (B, M)``."""
@@ -512,7 +526,7 @@ class SparseActivation(nn.Module):
             v,
             self.window,
             function=self.function,
-            bias=self.table,
+            bias=self._distances,
             positions=time if self.bias == "global" else None,
             valid=valid,
             causal=self.causal,

@@ -556,7 +556,7 @@ def test_initial_values_are_small_and_cut():
     for p in (made.mx_proj.bias, made.h_proj.bias, made.mu):
         assert (p == 0).all()
     assert made.router.log_temperature.exp().item() == pytest.approx(0.3 * math.sqrt(32))
-    assert SparseActivation(4, 2, 4, window=5, bias="local").table.shape == (11,)
+    assert SparseActivation(4, 2, 4, window=5, bias="local").table.shape == (29,)
     assert SparseActivation(4, 2, 4, window=5, bias="rotary").table is None
 
 
