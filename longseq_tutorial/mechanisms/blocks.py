@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .devices import in_pieces
+
 __all__ = ["BLOCK", "Tables", "block_recurrence", "block_recurrence_plain"]
 
 BLOCK = 64  # steps: long enough to keep the loop over blocks short, short enough that C * C stays cheap
@@ -284,7 +286,7 @@ class _Stretches:
     def __init__(self, x: Tensor, block: int) -> None:
         self.batch, length, self.dim = x.shape
         self.block, self.blocks = block, length // block
-        on_cpu = x.device.type == "cpu"
+        on_cpu = in_pieces(x)
         tile = min(TILE, self.dim) if on_cpu else self.dim
         bytes_a_block = self.batch * tile * block * x.element_size()
         size = max(1, STRETCH // bytes_a_block) if on_cpu else self.blocks
@@ -321,7 +323,7 @@ def _carry(states: Tensor, a: int, b: int, written: Tensor, decay: Tensor, *, ba
     after = states[:, a:b] if back else states[:, a + 1 : b + 1]
     after.copy_(written.view_as(after))
     at = (_pairs(states) if decay.is_complex() else states)[:, a : b + 1]  # (d, j + 1, B, N)
-    (_one_by_one if states.device.type == "cpu" else _by_doubling)(at, decay, back)
+    (_one_by_one if in_pieces(states) else _by_doubling)(at, decay, back)
 
 
 def _one_by_one(at: Tensor, decay: Tensor, back: bool) -> None:

@@ -10,16 +10,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE", "at_once", "uncompiled"]
+__all__ = ["LARGE", "at_once", "in_pieces", "uncompiled"]
 
 F = TypeVar("F", bound=Callable[..., object])
 
 LARGE = 2**26  # numbers: 256 MiB in float32, of which a mechanism holds a few at a time
 
 
+def in_pieces(x: Tensor) -> bool:
+    """Whether to work on small pieces: x is on a CPU, and nobody compiles, who would have to compile every piece."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def at_once(x: Tensor, on_cpu: int) -> int:
-    """How many numbers one tensor of a piece of work should have: ``on_cpu`` where x is on a CPU, else ``LARGE``."""
-    return on_cpu if x.device.type == "cpu" else LARGE
+    """How many numbers one tensor of a piece of work should have: ``on_cpu``, or ``LARGE`` where few are better."""
+    return on_cpu if in_pieces(x) else LARGE
 
 
 def uncompiled(work: F) -> F:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .devices import at_once
+from .devices import at_once, in_pieces
 
 __all__ = ["circular_convolution", "good_length", "long_convolution", "long_convolution_direct", "working_dtype"]
 
@@ -147,7 +147,7 @@ def _waves(u: Tensor, size: int) -> Tensor:
     batch, length, dim = u.shape
     rows = u.new_empty(batch, dim, size)  # an FFT is fastest along the last axis
     rows[..., length:] = 0
-    tile = TILE if u.device.type == "cpu" else length
+    tile = TILE if in_pieces(u) else length
     for t in range(0, length, tile):
         rows[..., t : min(t + tile, length)] = u[:, t : t + tile].mT
     return torch.fft.rfft(rows)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .devices import at_once
+from .devices import at_once, in_pieces
 
 __all__ = [
     "FUNCTIONS",
@@ -274,7 +274,7 @@ def _in_place(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
 def _exact(*tensors: Tensor) -> bool:
     """All on a CPU and in one dtype that needs no rounding."""
     alike = {t.dtype for t in tensors} in ({torch.float32}, {torch.float64})
-    return alike and tensors[0].device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return alike and in_pieces(tensors[0]) and not torch.is_autocast_enabled("cpu")
 
 
 def _written_out(
@@ -694,8 +694,7 @@ class GatedAttention(nn.Module):
 
     def _gated(self, smooth: Tensor, residual: Tensor, found: Tensor) -> Tensor:
         """What is made of that which attention found: ``(B, L, D)``."""
-        # Who compiles has the gates fused anyway; who hooks into h_proj wants it called.
-        plain = torch.compiler.is_compiling() or self.h_proj._forward_hooks or self.h_proj._forward_pre_hooks
+        plain = self.h_proj._forward_hooks or self.h_proj._forward_pre_hooks  # who hooks into h_proj wants it called
         if plain or not _exact(smooth, residual, found, self.mu):
             u, r, c = self._gates(smooth)
             h = self.dropout(F.silu(c + self.h_proj(found * r)))

@@ -1,8 +1,8 @@
 """Attention over names of keys: quantise the keys, and attention costs linear time, exactly.
 
-Every key is replaced by the nearest of S *codes*, ``k_hat[j] = C[z[j]]``. Keys with the same code then get the same
-weight, so their values can be added up beforehand. With Delta the one-hot matrix of the codes and f any element-wise
-function::
+Every key is replaced by the nearest of S *codes*, ``k_hat[j] = C[z[j]]``; how keys get these names stands in
+:mod:`~longseq_tutorial.mechanisms.vector_quantizer`. Keys with the same code then get the same weight, so their values
+can be added up beforehand. With Delta the one-hot matrix of the codes and f any element-wise function::
 
     f(Q K_hat^T) V  =  f(Q C^T) (Delta V)          (L x L) (L x v)  =  (L x S) (S x v)
 
@@ -24,14 +24,28 @@ Letters: B batch, H heads, L length, S codes, k and v widths of keys and values,
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from .devices import at_once, in_pieces
 from .fft import working_dtype
+from .vector_quantizer import (
+    WORKING_SET,
+    VectorQuantizer,
+    check_codebook,
+    check_mask,
+    code_sums,
+    codewords,
+    nearest_code,
+    perplexity,
+    straight_through,
+    sums_in_bins,
+)
 
 __all__ = [
     "VQAttention",
@@ -48,81 +62,6 @@ __all__ = [
 ]
 
 NEVER = -1e30  # the score of what must not be seen. Not -inf: a row of nothing else would become NaN
-WORKING_SET = 1 << 20  # scores held at once, in numbers: a few MB, near the processor
-
-
-# ---- names for keys --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def nearest_code(k: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the code nearest to each key: ``k (B, H, L, k)``, ``codebook (H, S, k)`` -> ``(B, H, L)``, int64.
-
-    ``|k - C|^2 = |k|^2 - 2 (k.C - |C|^2 / 2)``, and ``|k|^2`` is the same for all codes: so the nearest code is the one
-    with the largest ``k.C - |C|^2 / 2``. In float32 or better, since half precision would choose other codes. Never
-    holds all L * S distances at once.
-    """
-    _check_codebook(k, codebook)
-    dtype = working_dtype(k, codebook)
-    with torch.autocast(k.device.type, enabled=False):
-        codes = codebook.to(dtype)
-        half = codes.square().sum(-1).unsqueeze(1) / 2  # (H, 1, S)
-        rows = max(1, WORKING_SET // (k.shape[0] * half.numel()))
-        # max gives the index along with the value, and does so four times faster than argmax.
-        nearest = [(part.to(dtype) @ codes.mT).sub_(half).max(-1).indices for part in k.split(rows, dim=2)]
-        return torch.cat(nearest, dim=2)
-
-
-def codewords(codebook: Tensor, z: Tensor) -> Tensor:
-    """Look names up: ``codebook (H, S, k)``, ``z (B, H, L)`` -> ``(B, H, L, k)``."""
-    head = torch.arange(codebook.shape[0], device=z.device)[:, None]
-    return codebook[head, z]
-
-
-def straight_through(k: Tensor, k_hat: Tensor) -> Tensor:
-    """The value of the codeword, bit for bit, since k - k is exactly 0, with the gradient of the key."""
-    return k_hat + (k - k.detach())
-
-
-def code_sums(v: Tensor, z: Tensor, codes: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For each code the sum of the values whose keys bear its name, and their number: ``Delta V`` and ``Delta 1``.
-
-    Args:
-        v: ``(B, H, L, v)``; z: ``(B, H, L)``; codes: S.
-        mask: bool ``(B, L)``; padding is not counted.
-
-    Returns:
-        ``(B, H, S, v)`` and ``(B, H, S)``, in the dtype of v.
-    """
-    real = None if mask is None else mask[:, None].expand_as(z)
-    return _sums(v, z, codes, real)
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """How many codes are in use, in effect: ``exp(entropy)`` of ``counts (..., S)`` -> ``(...)``, between 1 and S.
-
-    S codes in equal use have perplexity S; one code for everything has 1. No counts at all give 1.
-    """
-    share = (counts / counts.sum(-1, keepdim=True)).nan_to_num()
-    return torch.exp(-torch.xlogy(share, share).sum(-1))
-
-
-def _sums(v: Tensor, index: Tensor, bins: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Add rows of v ``(B, H, L, v)`` into ``bins`` bins by ``index (B, H, L)``: sums (B, H, bins, v), numbers."""
-    batch, heads, _, width = v.shape
-    first = torch.arange(batch * heads, device=v.device).view(batch, heads, 1) * bins
-    where = (index + first).flatten()  # a bin of its own for every sequence and head
-    one = v.new_ones(index.shape) if real is None else real.to(v.dtype)
-    if real is not None:
-        v = v.masked_fill(~real.unsqueeze(-1), 0)
-    sums = v.new_zeros(batch * heads * bins, width).index_add(0, where, v.flatten(0, 2))
-    numbers = v.new_zeros(batch * heads * bins).index_add(0, where, one.flatten())
-    return sums.view(batch, heads, bins, width), numbers.view(batch, heads, bins)
-
-
-def _log(numbers: Tensor) -> Tensor:
-    """The log of how many keys bear a name. An unused code is never seen: clamping alone would leave it one key."""
-    return torch.where(numbers > 0, numbers.clamp(min=1).log(), NEVER)
 
 
 # ---- attention: the slow form ----------------------------------------------------------------------------------------
@@ -202,8 +141,8 @@ def vq_attention(
     Without window and not causal, one fused attention over S mean values does it, with the log of each code's number
     added to its score. Otherwise, blocks of c queries: they see the ``c + 2w`` keys around them (causal: ``c + w``)
     one by one and all others through sums over the codes, cumulated from the left and from the right: nothing is ever
-    subtracted, so nothing cancels. Costs ``L * (S + c + 2w)``; memory stays linear in L, since one block is worked
-    through at a time, and worked through again for the gradient (which has no gradient of its own).
+    subtracted, so nothing cancels. Costs ``L * (S + c + 2w)``; memory stays linear in L, since only so many blocks are
+    worked through at a time, and worked through again for the gradient (which, on a CPU, has none of its own).
     """
     _check(q, k, v, codebook, mask, window, bias, codes)
     if block is not None and block < 1:
@@ -222,7 +161,7 @@ def _over_codes(x: "_Ready") -> Tensor:
     """Every query sees every key: one attention over S codes, each with its keys' mean value and log number."""
     sums, numbers = code_sums(x.v, x.z, x.codebook.shape[1], x.mask)
     mean = sums / numbers.clamp(min=1).unsqueeze(-1)
-    q = x.q + 0 * x.k if x.k.requires_grad else x.q  # changes nothing: k gets a gradient of zeros instead of none
+    q = _touched(x.q, x.k)
     # The log number belongs inside the maximum that softmax subtracts: so empty codes, however large their score, do
     # not push all others below the smallest float. Zeros that even out the widths let the fused kernel run on a CPU.
     width, value_width = max(x.q.shape[-1], x.v.shape[-1]), x.v.shape[-1]
@@ -230,6 +169,11 @@ def _over_codes(x: "_Ready") -> Tensor:
     q, keys, values = (F.pad(t, (0, width - t.shape[-1])) for t in (q, keys, mean))
     scores_bias = _log(numbers).unsqueeze(2).expand(-1, -1, q.shape[2], -1)  # (B, H, L, S), a view
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=scores_bias, scale=1.0)[..., :value_width]
+
+
+def _touched(q: Tensor, k: Tensor) -> Tensor:
+    """q unchanged, but k gets a gradient of zeros instead of none."""
+    return q + 0 * k if k.requires_grad else q
 
 
 def _in_blocks(x: "_Ready", causal: bool, window: int, exact_window: bool, block: int | None) -> Tensor:
@@ -246,13 +190,16 @@ def _in_blocks(x: "_Ready", causal: bool, window: int, exact_window: bool, block
     if window > 0 or exact_window or x.bias is not None:
         offset = window + torch.arange(c, device=x.q.device)[:, None] - torch.arange(added.shape[-1], device=x.q.device)
         inside = offset.abs() <= window
-    hidden = None if x.mask is None else torch.where(x.mask, x.v.new_zeros(()), NEVER).repeat_interleave(heads, dim=0)
-    first = torch.arange(batch * heads, device=x.z.device).view(batch, heads, 1) * codes  # codes of one's own for each
-    q, k, v, z = (t.flatten(0, 1) for t in (x.q, x.k, x.v, x.z + first))  # (B H, L, ..)
-    codebook = x.codebook.expand(batch, -1, -1, -1).flatten(0, 1)  # (B H, S, k)
-    k_hat = F.embedding(z, codebook.flatten(0, 1))
+    hidden = None
+    if x.mask is not None:
+        hidden = x.v.new_zeros(batch, heads, length).masked_fill(~x.mask.unsqueeze(1), NEVER).flatten(0, 1)
+    k_hat, codebook = codewords(x.codebook, x.z), x.codebook.expand(batch, -1, -1, -1)
+    q, k, v, z, k_hat, codebook = (t.flatten(0, 1) for t in (x.q, x.k, x.v, x.z, k_hat, codebook))  # (B H, ..)
     walk = _Walk(length, c, window, None if causal else window, exact_window)
-    return _Blocks.apply(walk, v, z, q, k, k_hat, codebook, added, hidden, inside).unflatten(0, (batch, heads))
+    # On a CPU one block after the other, in its cache. A GPU would wait for thousands of small calls, and a compiler
+    # would write them all out: for these, all blocks at once.
+    blocks = _Blocks.apply if in_pieces(q) else _blocks_plain
+    return blocks(walk, v, z, q, k, k_hat, codebook, added, hidden, inside).unflatten(0, (batch, heads))
 
 
 @dataclass(frozen=True)
@@ -324,8 +271,83 @@ class _Scores(NamedTuple):
         return torch.softmax(scores, dim=-1)
 
 
+def _blocks_plain(walk: _Walk, v: Tensor, z: Tensor, *parts: Any) -> Tensor:
+    """Values ``(N, L, v)``, codes ``(N, L)`` and what scores are made of to outputs ``(N, L, v)``: all blocks at once.
+
+    So the number of calls is the same for any length. Only where there are more scores than should be held are the
+    blocks cut into groups, one after the other, and their weights worked out again for the gradient.
+    """
+    x = _Scores(*parts)
+    (many, codes, _), (heads, c, width) = x.codebook.shape, x.added.shape
+    room = max(1, at_once(v, WORKING_SET) // (many * c * (codes + width)))
+    groups = -(-len(walk.blocks) // room)
+    size = -(-len(walk.blocks) // groups)
+    length = groups * size * c  # empty blocks at the end fill up the last group
+    # With exact_window, the keys of the window. Else zeros, for their gradient alone: it goes straight to the keys.
+    k = x.k if walk.exact_window else x.k - x.k.detach()
+    q = F.pad(_touched(x.q, x.k) if x.inside is None else x.q, (0, 0, 0, length - walk.length))
+    hidden = v.new_zeros(heads, walk.length) if x.hidden is None else x.hidden
+    mean, numbers = _far_plain(v, z, x.hidden, codes, walk, groups * size)
+
+    def group(
+        q: Tensor, mean: Tensor, log_numbers: Tensor, k_hat: Tensor, k: Tensor, v: Tensor, hidden: Tensor
+    ) -> Tensor:
+        """``(N, size * c, ..)``, ``(N, size, ..)`` and the keys near these blocks to outputs ``(N, size * c, v)``."""
+        over_codes = (q @ x.codebook.mT).unflatten(1, (size, c)) + log_numbers  # (N, size, c, S)
+        q = q.unflatten(1, (size, c))
+        k_hat, k, v, hidden = (_windows(t, width, c) for t in (k_hat, k, v, hidden))  # (N, size, width, ..)
+        near = q @ k_hat.mT  # (N, size, c, width)
+        if x.inside is not None and walk.exact_window:
+            near = torch.where(x.inside, q @ k.mT, near)
+        elif x.inside is not None and k.requires_grad:
+            near = near + x.inside * (q.detach() @ k.mT)
+        added = x.added.unsqueeze(1) + hidden.mT.unflatten(0, (-1, heads))  # (B or 1, H, size, c, width)
+        near = (near.unflatten(0, (-1, heads)) + added).flatten(0, 1)
+        weights = torch.softmax(torch.cat([over_codes, near], dim=-1), dim=-1)
+        over_codes, near = weights.split((codes, width), dim=-1)
+        return (over_codes @ mean + near @ v).flatten(1, 2)
+
+    by_group = [t.unflatten(1, (groups, -1)).unbind(1) for t in (q, mean, _log(numbers).unsqueeze(2))]
+    ends, reach = (0, 0, walk.before, length + (walk.after or 0) - walk.length), size * c + width - c
+    for t, beyond in ((x.k_hat, 0), (k, 0), (v, 0), (hidden.unsqueeze(-1), NEVER)):
+        by_group.append(_windows(F.pad(t, ends, value=beyond), reach, size * c).unbind(1))
+    work = group
+    if torch.is_grad_enabled() and groups > 1:
+        work = partial(checkpoint, group, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([work(*each) for each in zip(*by_group, strict=True)], dim=1)[:, : walk.length]
+
+
+def _windows(x: Tensor, width: int, step: int) -> Tensor:
+    """What is seen of ``(N, L, d)`` through a window that moves on by ``step``: ``(N, n, width, d)``, a view."""
+    return x.unfold(1, width, step).movedim(-1, 2)
+
+
+def _far_plain(
+    v: Tensor, z: Tensor, hidden: Tensor | None, codes: int, walk: _Walk, blocks: int
+) -> tuple[Tensor, Tensor]:
+    """For each block, mean value and number of the keys far from it, by code: ``(N, n, S, v)`` and ``(N, n, S)``.
+
+    A key joins the sum of its code at the first block that has left it behind its window, and stays in those of all
+    blocks after it. From the right it is the same, in a mirror.
+    """
+    real = None if hidden is None else (hidden == 0).unsqueeze(0)
+    position = torch.arange(walk.length, device=z.device)
+    ways = []
+    for i in [position] if walk.after is None else [position, blocks * walk.block - 1 - position]:
+        first = ((i + walk.before) // walk.block + 1).clamp(max=blocks)  # none: a block beyond the last
+        joining = sums_in_bins(v.unsqueeze(0), (first * codes + z).unsqueeze(0), (blocks + 1) * codes, real)
+        ways.append([t.squeeze(0).unflatten(1, (-1, codes)).cumsum(1)[:, :-1] for t in joining])
+    sums, numbers = ways[0]
+    if walk.after is not None:
+        sums, numbers = (a + b.flip(1) for a, b in zip(*ways, strict=True))
+    return sums / numbers.clamp(min=1).unsqueeze(-1), numbers
+
+
+# ---- the same, one block after the other, near the processor ---------------------------------------------------------
+
+
 class _Blocks(torch.autograd.Function):
-    """Values ``(N, L, v)`` and what scores are made of to outputs, one block at a time, near the processor.
+    """Arguments and result of :func:`_blocks_plain`, one block at a time.
 
     Kept for the way back are the mean values of the codes, ``S / c`` numbers for each of v; the weights only where they
     are few, else they are worked out again.
@@ -335,6 +357,7 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, walk: _Walk, v: Tensor, z: Tensor, *parts: Any) -> Tensor:
         scores, y, weights = _Scores(*parts), torch.empty_like(v), []
         (many, codes, _), width = scores.codebook.shape, scores.added.shape[-1]
+        z = z + torch.arange(many, device=z.device)[:, None] * codes  # each sequence and head has codes of its own
         mean, numbers = _far(v, z, scores.hidden, codes, walk)
         log_numbers = _log(numbers).unsqueeze(2)
         keep = many * walk.length * (codes + width) <= WORKING_SET
@@ -382,7 +405,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def _far(v: Tensor, z: Tensor, hidden: Tensor | None, codes: int, walk: _Walk) -> tuple[Tensor, Tensor]:
-    """For each block, mean value and number of the keys far from it, by code: ``(N, n, S, v)`` and ``(N, n, S)``."""
+    """What :func:`_far_plain` gives: a block's sums are those of the block before, and of the keys that join them."""
     real = torch.ones_like(z, dtype=v.dtype) if hidden is None else (hidden == 0).to(v.dtype)
     sums = v.new_zeros(len(v), len(walk.blocks), codes, v.shape[-1])
     numbers = v.new_zeros(sums.shape[:-1])
@@ -525,7 +548,7 @@ def _forget(recent: dict[str, Tensor], state: dict[str, Tensor], leaving: int) -
     mean, count = state["mean"], state["count"]
     z = recent["z"][:, :, :leaving]
     real = recent["real"][:, None, :leaving].expand_as(z)
-    sums, numbers = _sums(recent["v"][:, :, :leaving], z, mean.shape[2], real)
+    sums, numbers = sums_in_bins(recent["v"][:, :, :leaving], z, mean.shape[2], real)
     count = count + numbers.long()
     share = count.clamp(min=1).to(mean.dtype).unsqueeze(-1)
     mean = mean + (sums - numbers.unsqueeze(-1) * mean) / share
@@ -573,227 +596,9 @@ def _blank_unseeing(y: Tensor, mask: Tensor | None, causal: bool, known: Tensor 
     return y.masked_fill(~sees[:, None, :, None], 0)
 
 
-# ---- the quantiser ---------------------------------------------------------------------------------------------------
-
-STARTS = ("kmeans++", "keys", "normal")
-
-
-class VectorQuantizer(nn.Module):
-    """Gives every key the name of its nearest code, and lets the codes follow the keys.
-
-    A code is the average of the keys that chose it, an exponential moving average over updates::
-
-        code_sum   <-  decay * code_sum   + (1 - decay) * sum of the keys with this code
-        code_count <-  decay * code_count + (1 - decay) * their number
-        codebook    =  code_sum / max(code_count, 0.01)
-
-    The update happens in training mode, without gradients, after the keys have been named. The keys, in turn, are held
-    near their codes by the commitment loss, ``|k - C[z]|^2`` summed over heads and averaged over real tokens, which
-    the caller adds to the loss with a small weight (1e-4 in Transformer-VQ). Keep keys normalised (there: length
-    ``key_dim ** 0.25``), or loss and codebook may grow without bound.
-
-    Args:
-        heads, codes, key_dim: H, S, k.
-        decay: gamma, how much of sum and count survives an update.
-        start: what the first batch in training makes of the codebook: "kmeans++" spreads the codes over its keys,
-            "keys" takes some at random, "normal" keeps small random numbers, as the published code does.
-        restart: a code whose count falls below this share of the average count is dead and becomes a random key of the
-            batch, with the average count. 0 never restarts; the published code does not.
-
-    Buffers: ``code_sum (H, S, k)``, ``code_count (H, S)``, ``started``, ``draws`` (how often keys were drawn). In
-    bfloat16 the averages would stand still, so they stay in float32 or better whatever the module is cast to.
-
-    Several processes (torch.distributed) that share a batch hold one codebook, that of a single process with the whole
-    batch: sums and counts are added up over all of them, keys are drawn from all of them, and the loss of each is such
-    that their mean is that of the whole batch. :meth:`all_reduce` is the place to hook in something else; with
-    ``synchronised`` set to False a process keeps to itself.
-
-    Source: Transformer-VQ's published code; ``start`` and ``restart`` are ours.
-    """
-
-    code_sum: Tensor
-    code_count: Tensor
-    started: Tensor
-    draws: Tensor
-
-    def __init__(
-        self,
-        heads: int,
-        codes: int,
-        key_dim: int,
-        decay: float = 0.99,
-        *,
-        start: str = "kmeans++",
-        restart: float = 0.01,
-    ) -> None:
-        super().__init__()
-        if min(heads, codes, key_dim) < 1 or not 0 <= decay < 1 or not 0 <= restart < 1 or start not in STARTS:
-            raise ValueError(
-                f"wanted heads, codes, key_dim >= 1, decay and restart in [0, 1), start in {STARTS}; got "
-                f"heads={heads}, codes={codes}, key_dim={key_dim}, decay={decay}, restart={restart}, start={start!r}."
-            )
-        self.heads, self.codes, self.key_dim = heads, codes, key_dim
-        self.decay, self.start, self.restart = decay, start, restart
-        self.register_buffer("code_sum", torch.randn(heads, codes, key_dim) * (heads * codes) ** -0.5)
-        self.register_buffer("code_count", torch.ones(heads, codes))
-        self.register_buffer("started", torch.tensor(start == "normal"))
-        self.register_buffer("draws", torch.tensor(0))
-        self.synchronised = True
-        self.codes_seen = nn.Identity()  # a window for `record`: the codes (B, H, L) pass through unchanged
-
-    @property
-    def codebook(self) -> Tensor:
-        """The codes ``(H, S, k)``, a fresh tensor: a later update does not change it."""
-        return self.code_sum / self.code_count.clamp(min=0.01).unsqueeze(-1)
-
-    def perplexity(self) -> Tensor:
-        """Codes in use, in effect, for each head ``(H,)``, by the running counts."""
-        return perplexity(self.code_count)
-
-    def forward(self, k: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """``k (B, H, L, k)`` -> its codewords, same shape; the codes ``(B, H, L)``; the commitment loss, a number.
-
-        The codewords are exact in value, and pass their gradient straight through to k. Padding (``mask`` False) gets a
-        code too, but enters neither sums, counts nor loss. (The published code averages the loss over padded positions
-        as well, each adding 0.) In training, codes and loss belong to the codebook before the update.
-        """
-        _check_mask(k, mask)
-        self.set_up(k, mask)
-        codebook = self.codebook
-        z = self.codes_seen(nearest_code(k, codebook))
-        wide = k.to(working_dtype(k, codebook))
-        if mask is not None:
-            wide = wide.masked_fill(~mask[:, None, :, None], 0)
-        with torch.autocast(k.device.type, enabled=False):
-            nearest = codewords(codebook, z).to(wide.dtype)
-            error = (wide - nearest).square().sum(-1).sum(1)  # (B, L): over width and heads
-            total = error.sum() if mask is None else error.masked_fill(~mask, 0).sum()
-            real = error.new_tensor(error.numel()) if mask is None else mask.sum()
-            if self.training:  # one process's share of the real tokens may be the larger one
-                real = self.update(wide, z, mask) / self._processes()[1]
-            loss = total / real.clamp(min=1)
-        return straight_through(wide, nearest).to(k.dtype), z, loss
-
-    @torch.no_grad()
-    def update(self, k: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Move every code towards the keys that chose it, and restart the dead. Returns how many tokens were real."""
-        sums, numbers = code_sums(k.detach().to(self.code_sum.dtype), z, self.codes, mask)
-        sums, numbers = self.all_reduce(sums.sum(0)), self.all_reduce(numbers.sum(0))
-        for average, new in ((self.code_sum, sums), (self.code_count, numbers)):
-            average.mul_(self.decay).add_(new, alpha=1 - self.decay)
-        real = numbers[0].sum()
-        usual = self.code_count.mean(-1, keepdim=True).expand_as(self.code_count)
-        dead = self.code_count < self.restart * usual
-        if dead.any() and real:
-            fresh = self._random_keys(k, mask, self.codes)
-            self.code_sum.copy_(torch.where(dead.unsqueeze(-1), fresh * usual.unsqueeze(-1), self.code_sum))
-            self.code_count.copy_(torch.where(dead, usual, self.code_count))
-        return real
-
-    @torch.no_grad()
-    def set_up(self, k: Tensor, mask: Tensor | None = None) -> None:
-        """Begin with codes from these keys, if training has just begun; otherwise nothing."""
-        if not self.training or self.started:
-            return
-        _check_codebook(k, self.code_sum)
-        draw = self._spread_keys if self.start == "kmeans++" else self._random_keys
-        codebook = draw(k.detach(), mask, self.codes)
-        if codebook.shape[1]:  # some token was real
-            self.set_codebook(self._gather(codebook)[0])  # the first process's: others may round differently
-
-    @torch.no_grad()
-    def set_codebook(self, codebook: Tensor) -> None:
-        """Use these codes ``(H, S, k)``, each with a count of 1."""
-        self.code_sum.copy_(codebook)
-        self.code_count.fill_(1)
-        self.started.fill_(True)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over all processes; x itself where there is one."""
-        if self._processes()[1] > 1:
-            dist.all_reduce(x)
-        return x
-
-    def _processes(self) -> tuple[int, int]:
-        """Which process this is, and of how many."""
-        if not (self.synchronised and dist.is_available() and dist.is_initialized()):
-            return 0, 1
-        return dist.get_rank(), dist.get_world_size()
-
-    def _gather(self, x: Tensor) -> Tensor:
-        """x of every process, ``(processes, *x.shape)``: each puts its own into a sum that is 0 there elsewhere."""
-        rank, processes = self._processes()
-        slots = x.new_zeros(processes, *x.shape)
-        slots[rank] = x
-        return self.all_reduce(slots)
-
-    def _random_keys(self, k: Tensor, mask: Tensor | None, count: int) -> Tensor:
-        """``count`` real keys for each head, different ones as far as there are: ``(H, count, k)``; none of none.
-
-        A lottery: every token has a ticket, and the smallest win. Tickets depend on the number of the draw and on the
-        token's place in the whole batch, of which a process holds every n-th sequence. So all processes choose the keys
-        that a single one would.
-        """
-        rank, processes = self._processes()
-        batch, heads, length, _ = k.shape
-        real = torch.ones(batch, length, dtype=torch.bool, device=k.device) if mask is None else mask
-        row = torch.arange(batch, device=k.device)[:, None] * processes + rank
-        head = torch.arange(heads, device=k.device)[:, None, None]
-        self.draws.add_(1)
-        tickets = _scatter((head << 48) + (row << 32) + real.cumsum(1) + _scatter(self.draws))  # (H, B, L)
-        tickets = tickets.masked_fill(~real, LOST).flatten(1)
-        keys, tickets = _smallest(k.transpose(0, 1).flatten(1, 2).to(self.code_sum.dtype), tickets, count)
-        if processes > 1:
-            keys, tickets = (self._gather(x).transpose(0, 1).flatten(1, 2) for x in (keys, tickets))
-            keys, tickets = _smallest(keys, tickets, count)
-        found = min(count, int((tickets[0] < LOST).sum()))
-        return keys[:, torch.arange(count if found else 0, device=k.device) % max(1, found)]
-
-    def _spread_keys(self, k: Tensor, mask: Tensor | None, count: int) -> Tensor:
-        """k-means++: each next code is a key, drawn with a chance that grows with its squared distance to the codes."""
-        keys = self._random_keys(k, mask, 16 * count)  # (H, 16 S, k): enough to choose from
-        generator = torch.Generator(keys.device).manual_seed(int(self.draws))
-        chosen = [keys[:, :1]]
-        distance = (keys - chosen[0]).square().sum(-1)
-        while keys.shape[1] and len(chosen) < count:
-            chance = distance + torch.finfo(keys.dtype).tiny  # where every key is a code already, take any
-            pick = torch.multinomial(chance, 1, generator=generator).unsqueeze(-1)  # (H, 1, 1)
-            chosen.append(keys.gather(1, pick.expand(-1, -1, self.key_dim)))
-            distance = torch.minimum(distance, (keys - chosen[-1]).square().sum(-1))
-        return torch.cat(chosen, dim=1)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "VectorQuantizer":
-        """Move and cast as any module, but keep sums and counts in float32 or better."""
-        before = {name: self.get_buffer(name) for name in ("code_sum", "code_count")}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            now = self.get_buffer(name)
-            if now.dtype in (torch.bfloat16, torch.float16):
-                self.register_buffer(name, old.to(now.device))
-        return self
-
-    def extra_repr(self) -> str:
-        shape = f"{self.heads}, {self.codes}, {self.key_dim}"
-        return f"{shape}, decay={self.decay}, start={self.start!r}, restart={self.restart}"
-
-
-LOST = 2**62  # above all tickets
-
-
-def _scatter(x: Tensor) -> Tensor:
-    """A whole number below 2**62 for each whole number, as if drawn at random, yet the same everywhere (splitmix64)."""
-    x = x * -0x61C8864680B583EB  # products wrap around
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        x = (x ^ (x >> shift)) * factor
-    return x & (LOST - 1)
-
-
-def _smallest(keys: Tensor, tickets: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` keys ``(H, n, k)`` with the smallest tickets ``(H, n)``, in order; filled up with lost ones."""
-    short = max(0, count - keys.shape[1])
-    keys, tickets = F.pad(keys, (0, 0, 0, short)), F.pad(tickets, (0, short), value=LOST)
-    tickets, order = tickets.topk(count, largest=False)
-    return keys.gather(1, order.unsqueeze(-1).expand(-1, -1, keys.shape[-1])), tickets
+def _log(numbers: Tensor) -> Tensor:
+    """The log of how many keys bear a name. An unused code is never seen: clamping alone would leave it one key."""
+    return numbers.clamp(min=1).log().masked_fill(numbers == 0, NEVER)
 
 
 # ---- the module ------------------------------------------------------------------------------------------------------
@@ -878,24 +683,6 @@ class VQAttention(nn.Module):
 # ---- what is asked of arguments --------------------------------------------------------------------------------------
 
 
-def _check_codebook(k: Tensor, codebook: Tensor) -> None:
-    if k.dim() != 4 or 0 in k.shape:
-        raise ValueError(f"k must be (batch, heads, length >= 1, key width); got {tuple(k.shape)}.")
-    if codebook.dim() != 3 or codebook.shape[::2] != k.shape[1::2] or codebook.shape[1] == 0:
-        raise ValueError(
-            f"codebook must be (heads, codes >= 1, key width) = ({k.shape[1]}, *, {k.shape[3]}) to fit k; "
-            f"got {tuple(codebook.shape)}."
-        )
-
-
-def _check_mask(k: Tensor, mask: Tensor | None) -> None:
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (k.shape[0], k.shape[2])):
-        raise ValueError(
-            f"mask must be bool (batch, length) = {(k.shape[0], k.shape[2])}, True where the token is real; "
-            f"got {mask.dtype} {tuple(mask.shape)}. Pass mask.bool(), shaped like that."
-        )
-
-
 def _check(
     q: Tensor,
     k: Tensor,
@@ -906,13 +693,13 @@ def _check(
     bias: Tensor | None,
     codes: Tensor | None = None,
 ) -> None:
-    _check_codebook(k, codebook)
+    check_codebook(k, codebook)
     if q.shape != k.shape or v.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             "q and k must be (batch, heads, length, k) alike and v (batch, heads, length, v); "
             f"got {[tuple(x.shape) for x in (q, k, v)]}."
         )
-    _check_mask(k, mask)
+    check_mask(k, mask)
     if window < 0:
         raise ValueError(f"a window reaches 0 or more positions; got {window}.")
     wanted = (k.shape[1], 2 * window + 1)
