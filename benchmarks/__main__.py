@@ -44,6 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("lengths, rounds and threads must be at least 1, and the limit more than 0.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = options.out or HERE / "records" / f"{device.type}-{options.threads}-thread{'s' * (options.threads > 1)}.json"
+    try:
+        report.read(out)  # before minutes of measuring, not after
+    except ValueError as error:
+        parser.error(str(error))
     head = report.header(device, options.threads)
     say_who_is_there(head["peers"])
     measure_all = measure_targets if TABLE in options.cases else measure_growth

@@ -187,9 +187,17 @@ def key(target: Target) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record, or an empty one."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {"cases": {}, "targets": {}} | found
+    """A record, or an empty one. Raises `ValueError` for a file that is none, or was written by another version."""
+    try:
+        found = {"cases": {}, "targets": {}} | (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+        for entry in (*found["cases"].values(), *found["targets"].values()):
+            rows_of(entry)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"wanted a record that this version wrote; got {path}, which cannot be read ({error}). Move it away, or "
+            "choose another with --out."
+        ) from error
+    return found
 
 
 def rows_of(entry: dict[str, Any]) -> list[Row]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import children, limits, measure, peers, problems, report, targets
+from benchmarks import children, holds, limits, measure, peers, problems, report, targets
 from benchmarks.cases import CASES, STEP, Case
 from benchmarks.limits import Transforms, Work
 from benchmarks.measure import Ratio, Row
@@ -339,6 +339,20 @@ def test_the_record_round_trips_and_keeps_what_it_held(tmp_path: Path) -> None:
     assert not report.plot_growth(tmp_path / "none.png", tmp_path / "no-record.json")
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"cases": {"ema": {}}}', '{"targets": {"ema": {"rows": [{"candidate": "ours", "old": 1}]}}}']
+)
+def test_a_file_that_is_no_record_is_refused_before_anything_is_measured(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["ema", "--out", str(path)])
+    assert stop.value.code == 2 and "Move it away, or choose another with --out" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
 def test_the_table_shows_what_was_measured() -> None:
     rows = [row(both=(0.001, 0.002, 0.003), floor=0.001), row("theirs", both=(0.004, 0.004, 0.004))]
     shown = report.table("ema", rows)
@@ -383,3 +397,37 @@ def test_the_command_measures_prints_and_records(
     assert "theirs at 9 is left out" in said.out and "popgym does not compute" in said.err
     assert set(report.read(out)["targets"]) == {"ema 2 x 16,384 x 64", "ema 1 x 16,384 x 256"}
     assert (tmp_path / "record-growth.png").exists() and (tmp_path / "record-targets.png").exists()
+
+
+# ---- does it hold? --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_holds_in_every_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    assert holds.main(["fastrpb", "--length", "40"]) == 0
+    said = capsys.readouterr().out
+    assert all(said.count(f"fastrpb      {precision}") == 1 for precision in holds.ALLOWED) and "too far" not in said
+
+
+def test_a_model_that_computes_something_else_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, made = holds.build, []
+
+    def build(name: str) -> nn.Module:
+        """The first one, of the truth, is right; the others' heads are twice as sure."""
+        made.append(original(name))
+        with torch.no_grad():
+            made[-1].head.out.weight.mul_(2 if len(made) > 1 else 1)
+        return made[-1]
+
+    monkeypatch.setattr(holds, "build", build)
+    assert holds.main(["transformer", "--length", "40"]) == 1
+    assert capsys.readouterr().out.count("too far") == 3
+    assert not holds.Outcome("mega", "float32", False, float("nan"), 0.0, 1.0).fine
+
+
+@pytest.mark.parametrize("words", [["mambo"], ["mega", "--length", "2"]])
+def test_holds_refuses_what_it_does_not_know(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        holds.main(words)
+    assert stop.value.code == 2 and ("There are: mega" in (said := capsys.readouterr().err) or "at least 8" in said)
