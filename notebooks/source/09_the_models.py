@@ -16,29 +16,31 @@
 # - say what a system has to carry from one step to the next.
 
 # %%
-import math
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
-from longseq_tutorial.classroom import below, peak_memory, show, use_style
+from longseq_tutorial.classroom import below, fmt, peak_memory, show, use_style
 from longseq_tutorial.classroom.checks.models import check_mega_layer_parameters, check_products_a_token
 from longseq_tutorial.classroom.diagrams import draw_diagram, legend_of_kinds, system_diagrams
+from longseq_tutorial.classroom.panels_systems import MORE_OPERATIONS, Systems, count_parts
 from longseq_tutorial.models import NAMES, auxiliary_loss, build, build_encoder
 from longseq_tutorial.models.configs import SpadeConfig
 from longseq_tutorial.models.spade import spade_layers
 from longseq_tutorial.tasks import TaskConfig
 
 use_style()
-torch.set_num_threads(1)  # what is counted here does not depend on it; the memory of fused attention would
+torch.set_num_threads(1)  # what is counted here does not depend on it; what fused attention takes for itself would
 
 # %% [markdown]
 # ## One picture each
 #
 # Read each diagram from the bottom to the top. Blue is what hears the whole sequence cheaply, orange is attention, green
 # decides how much of something is taken, pink knows about positions. Look for the pair of blue and orange in every one of
-# them, and ask what the orange box was spared by the blue one.
+# them, and ask what the orange box was spared by the blue one. (Five pictures for seven names: Mega and Mega-chunk differ
+# in how far their attention sees, and the baseline, the Transformer, has nothing blue: it attends to everything.)
 
 # %%
 fig, axes = plt.subplots(2, 3, figsize=(11.5, 8.6))
@@ -179,7 +181,7 @@ for name in NAMES:
 #
 # ## What a token costs
 #
-# ### Counted
+# ### By hand
 #
 # With $z$ and $v$ the widths of queries and values, a query costs $2(z+v)$ operations for each thing that it looks at:
 # a product with a key, and a weighted value. So the price of attention is a question of *how many things*:
@@ -191,18 +193,25 @@ for name in NAMES:
 # | a window of $w$ | $2w+1$ (computed: $3w$) |
 # | activation at rate $r$ | $r\,(2w+1)$ (computed: $3rw$), on average |
 # | $S$ codes, blocks of $c$, a window of $w$ | $S + c + 2w$ |
-# | $m$ features | $2\,m\,v$ operations instead, whatever the length |
+# | $m$ features | $2\,m\,v$ operations to write and as many to read instead, whatever the length |
 #
-# ### Measured
+# ### Counted while it runs
 #
-# PyTorch can count the operations of all matrix products while a model runs, and the course's `peak_memory` the bytes. We
-# take one layer of each, 64 channels wide, at three lengths. In the table and the figure look at what happens from left to
-# right: a number *per token* that stays the same means linear growth.
+# A formula can forget something, so let us watch. We take one layer of each system, 64 channels wide, and let it read
+# sequences of 16 tokens, of 32, and so on. `count_parts` keeps two books meanwhile. One is of *operations*: those of
+# matrix products, a multiplication and an addition being two, and those of FFTs, $2.5\,N \log_2 N$ for $N$ real
+# numbers. The other is of *bytes*: it notes every tensor when it is born and strikes it out when it dies. What we want
+# to know is the fullest moment: so much a forward pass without gradients holds, apart from the parameters. Nothing is
+# timed here, and the machine's other business is in neither book.
+#
+# In the table and the figure look at what happens from left to right: a number *per token* that stays the same means
+# linear growth. Two oddities: SeqBoat's fresh parameters wake about half of the tokens, at each length a different half,
+# so its numbers waver; and most of FastRPB's parameters are its weights for distances, up to 16,384, for four heads.
 
 # %%
 LENGTHS = (1024, 4096, 16384)
 one_layer = {
-    "mega": {"z_dim": 32, "v_dim": 128, "ffn_dim": 128, "max_positions": 16384, "attention": "laplace"},
+    "mega": {"z_dim": 32, "v_dim": 128, "ffn_dim": 128, "max_positions": 1024, "attention": "laplace"},
     "mega-chunk": {"z_dim": 32, "v_dim": 128, "ffn_dim": 128, "chunk": 128, "attention": "laplace"},
     "seqboat": {"z_dim": 32, "v_dim": 128, "window": 128, "max_positions": 4096},
     "longvq": {"z_dim": 32, "v_dim": 128, "ffn_dim": 128, "codes": 256, "window": 64},
@@ -210,75 +219,137 @@ one_layer = {
     "spade": {"heads": 4, "ffn_dim": 128, "window": 128},
     "transformer": {"heads": 4, "ffn_dim": 128},
 }
-
-
-def fused(q, k, v, *rest, out_shape=None, **options):
-    """PyTorch's counter does not know its own fused attention on a CPU: two products for each query and key."""
-    return sdpa_flop_count(q, k, v)
-
-
-def added(y, a, b, *rest, out_shape=None, **options):
-    """Nor products that are added to what is there: y (.., i, k) += a (.., i, j) times b (.., j, k)."""
-    return 2 * math.prod(a) * b[-1]
-
-
-known = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused,
-    torch.ops.aten.addmm_: added,
-    torch.ops.aten.baddbmm_: added,
-}
-cost = {}
+torch.manual_seed(0)
+line = torch.randint(1, 27, (1, 65536))
+stacks, counts, cost = {}, {}, {}
 for name in NAMES:
     torch.manual_seed(0)
-    stack = build_encoder(name, task, dim=64, layers=1, **one_layer[name]).eval()
-    parameters = sum(p.numel() for p in stack.layers.parameters())
-    cost[name] = {"parameters": parameters, "operations": [], "bytes": []}
-    with torch.no_grad():
-        for length in LENGTHS:
-            if length > 4096 and name in ("mega", "transformer"):
-                continue  # four times the length, sixteen times the wait
-            line = torch.randint(1, 27, (1, length))
-            with FlopCounterMode(display=False, custom_mapping=known) as counter:
-                stack(line)
-            cost[name]["operations"].append(counter.get_total_flops() / length)
-            cost[name]["bytes"].append(peak_memory(lambda stack=stack, line=line: stack(line)) / length)
+    stacks[name] = build_encoder(name, task, dim=64, layers=1, **one_layer[name]).eval()
+    longest = 8192 if name in ("mega", "transformer") else 16384  # four times the length, sixteen times the wait
+    counts[name] = {2**k: count_parts(stacks[name], line[:, : 2**k]) for k in range(4, 15) if 2**k <= longest}
+    cost[name] = {
+        book: [sum(getattr(c, book) for c in counts[name][n].values()) / n for n in LENGTHS if n <= longest]
+        for book in ("operations", "bytes")
+    }
 
-print(f"{'':12}{'parameters':>11}   thousand operations a token at 1k, 4k, 16k")
+print(f"{'':24}thousand operations a token    kilobytes a token, at most")
+print(f"{'':12}parameters" + 2 * f"{'':6}{'1k':>6}{'4k':>7}{'16k':>7}")
 for name, c in cost.items():
-    print(f"{name:12}{c['parameters']:11,}   " + "".join(f"{o / 1e3:9.0f}" for o in c["operations"]))
+    operations, held = ("".join(f"{x / 1e3:7.{d}f}" for x in c[book]) for book, d in (("operations", 0), ("bytes", 1)))
+    print(f"{name:12}{sum(p.numel() for p in stacks[name].layers.parameters()):10,}{'':5}{operations:21}{'':5}{held}")
+
+# %% [markdown]
+# Can these books be trusted? PyTorch has instruments of its own: a counter of operations, and a profiler that notes
+# what the allocator hands out, which the course's `peak_memory` reads. The one is exact if we tell it of what it does
+# not know (the FFTs, its own fused attention on a CPU). The other *measures*, so it also sees what an operation takes
+# for itself within a single call and shows to nobody.
+
+# %%
+same, larger = True, []
+for name, stack in stacks.items():
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=dict(MORE_OPERATIONS)) as counter:
+        stack(line[:, :4096])
+    parts = counts[name][4096].values()
+    same = same and counter.get_total_flops() == sum(part.operations for part in parts)
+    with torch.no_grad():
+        measured = peak_memory(lambda stack=stack: stack(line[:, :4096]))
+    more = measured / sum(part.bytes for part in parts) - 1
+    if more > 0.01:
+        larger.append(f"{name}, by {100 * more:.0f} %")
+print("operations: PyTorch's counter says the same, to the last one:", same)
+print("bytes: the allocator handed out over a hundredth more than our book holds:", "; ".join(larger) or "nowhere")
+
+# %% [markdown]
+# SPADE's fullest moment lies inside PyTorch's fused call (chapter 04), which takes almost a megabyte for itself,
+# however long the sequence. All others agree with what was measured.
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.0))
 for name, c in cost.items():
     left.plot(LENGTHS[: len(c["operations"])], [o / 1e3 for o in c["operations"]], label=name)
     right.plot(LENGTHS[: len(c["bytes"])], [b / 1e3 for b in c["bytes"]], label=name)
-left.set(title="matrix products", ylabel="thousand operations a token")
-right.set(title="memory, forward", ylabel="kilobytes a token")
+left.set(title="operations", ylabel="thousand operations a token")
+right.set(title="memory at the fullest moment, forward", ylabel="kilobytes a token")
 for ax in (left, right):
     ax.set(xscale="log", yscale="log", xlabel="length (tokens)")
     ax.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
     ax.minorticks_off()
+right.set_yticks([3, 10], ["3", "10"])
 right.legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
 ratio = {name: c["operations"][1] / c["operations"][0] for name, c in cost.items()}
 rising = [name for name, r in ratio.items() if r > 1.5]
 memory = {name: c["bytes"][-1] / c["bytes"][0] for name, c in cost.items()}
+least = min(c["bytes"][1] for c in cost.values())
 show(
     fig,
     "Operations and bytes for each token of one layer against the length, logarithmic. From 1,024 to 4,096 tokens the "
     f"operations a token rise by more than half in: {', '.join(rising)}. In all others they rise by less than a "
     f"twentieth: {max(r for n, r in ratio.items() if n not in rising) < 1.05}. The bytes a token rise in none: "
-    f"{max(memory.values()) < 1.05}.",
+    f"{max(memory.values()) < 1.05}. The fewest bytes a token at 4,096 tokens, {fmt(least, 3)}, has: "
+    f"{' and '.join(name for name, c in cost.items() if c['bytes'][1] == least)}.",
 )
 
 # %% [markdown]
-# In the left picture the two quadratic models climb; all others lie flat, or even fall, where something has to be prepared
-# once whatever the length (the tables of SPADE's S4). That the right picture is flat even for full attention is
-# the work of tiles and fused calls (chapters 03 and 04): the map is never held, but it is still computed.
+# In the left picture the two quadratic models climb; all others lie flat, or even fall, where something has to be
+# prepared once whatever the length (the tables of SPADE's S4). FastRPB rises by a hair: that is the logarithm in its
+# FFT. In the right picture nobody climbs, not even full attention: that is the work of tiles and fused calls (chapters
+# 03 and 04). The map is never held, but it is still computed. Who falls there works in a space of fixed size, which
+# ever more tokens share. And look who lies at the bottom: when it reads a long sequence, the Transformer no longer runs
+# out of memory. It runs out of time.
+#
+# ### The panel: part by part
+#
+# Choose a system and a length. On the left you see what a token costs there, part by part: filled circles are the
+# system, open squares the Transformer, and on the logarithmic axis a gap is a ratio. Colours are those of the diagrams,
+# with grey for the feed-forward layer; only LongVQ's codes, blue there, are booked with the attention that reads them.
+# Bytes stand with the part that made the tensor; a part that held nothing at the fullest moment is missing. On the right
+# you see all parts together at every length, and a cross where the two lines meet for the last time.
+#
+# Nothing is computed when you drag: everything has been counted beforehand, here for two lengths more. Only the
+# quadratic models would keep us waiting. Their lines go on as dots: in a matrix product, or a tensor, at most two sizes
+# grow with the length, so the count is a polynomial of degree two in it (once the length is a multiple of every block),
+# and three counts fix it. The panel insists that the fourth lies on it, to the last digit.
+#
+# Things to try:
+#
+# 1. *mega-chunk*, from 16 tokens to 65,536. Which part of the Transformer runs away, and which parts of Mega-chunk
+#    follow?
+# 2. *spade*, from long to short. Which part gets dearer by the token, and what is it that fewer tokens have to pay for?
+# 3. *fastrpb*. One part goes on growing. By how much at each doubling?
+
+# %%
+for name in ("mega-chunk", "seqboat", "longvq", "fastrpb", "spade"):
+    for length in (32768, 65536):
+        counts[name][length] = count_parts(stacks[name], line[:, :length])
+panel = Systems(counts, system="mega-chunk")
+panel
+
+# %%
+print(panel.set(system="spade", length=65536).say(), "\n")
+print(panel.set(length=64).say(), "\n")
+fft = [panel.a_token("fastrpb", length)["positions"] for length in panel.lengths]
+growth = ", ".join(dict.fromkeys(fmt((after - before) / 1e3) for before, after in pairwise(fft)))
+print("fastrpb's positions, at every doubling: thousand operations a token more,", growth)
+print("\nthe blanks of the table, at 16,384 tokens, thousand operations and kilobytes a token:")
+for name in ("mega", "transformer"):
+    print(f"{name:12}", *(fmt(panel.together(name, 16384, book) / 1e3, 4) for book in ("operations", "bytes")))
 
 # %% [markdown]
-# Two warnings before you choose by this table. It counts matrix products only: FFTs, exponentials and carrying numbers
-# around are not in it (`make bench` measures those, in seconds). And a cheap token is no bargain if it did not hear what
-# it needed. So:
+# **A question for the panel.** From some length on, every system does fewer operations than the Transformer, but for
+# one. Which one, which of its parts is to blame, and how can that be, when the two read the same number of keys?
+#
+# <details><summary>Answer</summary>
+#
+# Mega: its line runs above the Transformer's, in parallel, for ever. Both attend to everything, but a pair of tokens
+# costs $2(z+v)$, and Mega's one head has $z + v = 32 + 128$ where the Transformer's four heads have $64 + 64$ together:
+# 320 operations for a pair instead of 256. On top of it come the gates. Mega spends this for a better model, not for a
+# cheaper one; Mega-chunk keeps the gates and the EMA, and looks at 128 keys.
+#
+# </details>
+#
+# Two warnings before you choose by such numbers. The books of operations hold matrix products and FFTs only:
+# exponentials, norms and carrying numbers around are not in them (`make bench` measures those, in seconds). And a cheap
+# token is no bargain if it did not hear what it needed. So:
 #
 # ## How far does a token hear?
 #
@@ -427,7 +498,7 @@ check_mega_layer_parameters(mega_layer_parameters)
 # <details><summary>Hint 2</summary>
 #
 # Linear attention without `causal`: each key's features times its value goes into the state, $2mv$; each query reads the
-# state, $2mv$ again. (The table names one of the two.)
+# state, $2mv$ again.
 #
 # </details>
 
