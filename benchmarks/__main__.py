@@ -34,6 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often every candidate has its turn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=float, default=1200, help="seconds that one case may take")
+    parser.add_argument(
+        "--keep-memory", action="store_true",
+        help="what is freed stays with the process instead of going back to the system (glibc alone): then it is not "
+        "fetched again page by page, which costs large tensors more than small ones, whoever computes",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=None, help="the JSON record; the plots lie beside it")
     options = parser.parse_args(arguments)
     names = [name for name in options.cases if name != TABLE]
@@ -43,12 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
     if min(options.lengths) < 1 or options.rounds < 1 or options.threads < 1 or options.limit <= 0:
         parser.error("lengths, rounds and threads must be at least 1, and the limit more than 0.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = options.out or HERE / "records" / f"{device.type}-{options.threads}-thread{'s' * (options.threads > 1)}.json"
+    machine = f"{device.type}-{options.threads}-thread{'s' * (options.threads > 1)}"
+    out = options.out or HERE / "records" / f"{machine}{'-memory-kept' * options.keep_memory}.json"
     try:
         report.read(out)  # before minutes of measuring, not after
     except ValueError as error:
         parser.error(str(error))
-    head = report.header(device, options.threads)
+    head = report.header(device, options.threads) | {"memory_kept": options.keep_memory}
     say_who_is_there(head["peers"])
     measure_all = measure_targets if TABLE in options.cases else measure_growth
     before = out.stat().st_mtime_ns if out.exists() else None
@@ -113,7 +119,7 @@ def measure_targets(names: list[str], options: Any, device: torch.device, head: 
 
 
 def _ask(name: str, sizes: list[Size], options: Any, device: torch.device, title: str) -> Answer:
-    request = Request(name, sizes, options.rounds, options.threads, device.type)
+    request = Request(name, sizes, options.rounds, options.threads, device.type, options.keep_memory)
     with tqdm(bar_format="{desc} {elapsed}", desc=title, leave=False, disable=not sys.stderr.isatty()) as bar:
         return ask(request, options.limit, lambda step: bar.set_description_str(f"{title}: {step}"))
 

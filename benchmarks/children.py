@@ -21,13 +21,18 @@ from .problems import Size
 
 @dataclass
 class Request:
-    """What a child is to measure. `device` is "cpu" or "cuda"."""
+    """What a child is to measure. `device` is "cpu" or "cuda"; `keep_memory`: what it frees stays with it."""
 
     case: str
     sizes: list[Size]
     rounds: int
     threads: int
     device: str
+    keep_memory: bool = False
+
+
+# How glibc is told not to give memory back: nothing is mapped for itself, and the end of the heap is never cut off.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Answer:
 def ask(request: Request, seconds: float, on_step: Callable[[str], None] = lambda step: None) -> Answer:
     """Let a child measure, for so many seconds at most."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(request.threads), "MKL_NUM_THREADS": str(request.threads)}
+    environment |= KEEP_MEMORY if request.keep_memory else {}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as complaints:
         child = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.children", json.dumps(asdict(request))],

@@ -175,13 +175,23 @@ def test_the_largest_tensor_is_found_in_backward_too() -> None:
     assert measure.largest_tensor(lambda: x.detach().expand(1000, 50)) == 50  # a view makes nothing
 
 
-def test_a_child_measures_and_answers() -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_child_measures_and_answers(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    request = children.Request("linear", [SMALL], 1, 1, "cpu")
+    given: list[dict[str, str]] = []
+    start = children.subprocess.Popen
+
+    def popen(*args, env: dict[str, str], **options):
+        given.append(env)
+        return start(*args, env=env, **options)
+
+    monkeypatch.setattr(children.subprocess, "Popen", popen)
+    request = children.Request("linear", [SMALL], 1, 1, "cpu", keep)
     answer = children.ask(request, 120, steps.append)
     assert answer.wrong is None and steps
     rows = [Row(**each) for each in answer.rows]
     assert rows[0].candidate == "ours" and rows[0].size == SMALL and rows[0].both
+    assert (given[0].get("MALLOC_MMAP_MAX_") == "0") is keep
 
 
 def test_a_child_that_takes_too_long_is_stopped() -> None:
@@ -389,8 +399,9 @@ def test_the_command_measures_prints_and_records(
     out = tmp_path / "record.json"
     assert command.main(["ema", "--lengths", "512", "1024", "2048", "--out", str(out)]) == 0
     assert command.main(["targets", "ema", "--out", str(out), "--threads", "2"]) == 0
-    assert command.main(["s4d", "--out", str(out)]) == 1
+    assert command.main(["s4d", "--out", str(out), "--keep-memory"]) == 1
     assert [request.case for request in asked] == ["ema", "ema", "ema", "s4d"]
+    assert [request.keep_memory for request in asked] == [False, False, False, True]
     assert [size.length for size in asked[0].sizes] == [512, 1024, 2048] and asked[1].threads == 2
     said = capsys.readouterr()
     assert "30.00 [30.00 to 30.00]" in said.out and "reached" in said.out and "others used 50%" in said.out
