@@ -25,9 +25,9 @@ WORDS20 = tuple(
     "zero one two three four five six seven eight nine yes no up down left right start stop forward backward".split()
 )
 RATE = 16_000
-FILES = {"train": "train.csv", "valid": "valid.csv", "test": "test.csv"}
-_INSIDE = ("", "arabic-speech-commands-dataset", "arabic-speech-commands-dataset-main", "arabic_speech_commands")
-_WAV = re.compile(r"(?:[^/\\]+/)?([A-Za-z_]{1,20})/([\w-]{1,60}\.wav)")  # dataset/word/speaker_..._take.wav
+FILES = {"train": "train.csv", "valid": "val.csv", "test": "test.csv"}
+_INSIDE = ("", "arabic-speech-commands-dataset", "arabic-speech-commands-dataset-master", "arabic_speech_commands")
+_WAV = re.compile(r"(?:\w+/)?([A-Za-z][A-Za-z _]{0,19})/([\w-]{1,60}\.wav)")  # dataset/zoom in/speaker_.._take.wav
 _LARGEST = 2_000_000
 _MEND = "Fetch it again."
 
@@ -118,7 +118,7 @@ def _read_csv(path: Path) -> list[tuple[str, str, Path]]:
         word, name = match.groups()
         if len(cells) > 1 and word not in [cell.strip() for cell in cells]:
             raise DataError(f"{path}, row {number}: {word}/{name} is labelled {cells[1]!r}. {_MEND}")
-        places = [path.parent / match[0], path.parent / "dataset" / word / name]
+        places = [path.parent / inner / word / name for inner in ("dataset", "dataset/dataset", ".")]
         rows.append((word, name, next((place for place in places if place.exists()), places[0])))
     if not rows:
         raise DataError(f"{path} names no recordings. {_MEND}")

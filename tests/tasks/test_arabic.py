@@ -5,12 +5,12 @@ import pytest
 
 from longseq_tutorial import tasks
 from longseq_tutorial.tasks import DataError, arabic
-from longseq_tutorial.tasks.arabic import PACKS, WORDS20
+from longseq_tutorial.tasks.arabic import FILES, PACKS, WORDS20
 from longseq_tutorial.tasks.base import DataNotFound
 
 from .test_speech_commands import wav
 
-MORE = tuple(f"word{letter}" for letter in "abcdefghijklmnopqrst")
+MORE = ("close", "zoom in", "zoom out", *(f"word{letter}" for letter in "abcdefghijklmnopq"))
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +33,19 @@ def repository(root, words=WORDS20 + MORE, header="file,class", prefix="dataset/
             (root / "dataset" / word / name).write_bytes(wav(800, seed=10 * i + speaker))
             rows[part].append(f"{prefix}{word}/{name},{word}")
     for part, lines in rows.items():
-        (root / f"{part}.csv").write_text("\n".join(line for line in lines if line) + "\n")
+        (root / FILES[part]).write_text("\n".join(line for line in lines if line) + "\n")
     return root
 
 
 @pytest.mark.parametrize(("header", "prefix"), [("file,class", "dataset/"), ("", "./dataset/"), ("path,word", "")])
-def test_the_authors_repository(tmp_path, header, prefix):
-    root = repository(tmp_path / "arabic-speech-commands-dataset", header=header, prefix=prefix)
+@pytest.mark.parametrize("packed", [False, True], ids=["git", "zip"])
+def test_the_authors_repository(tmp_path, header, prefix, packed):
+    """As git clone gives it, and as the zip files of it that go round: another folder, another one inside."""
+    root = repository(tmp_path / f"arabic-speech-commands-dataset{'-master' * packed}", header=header, prefix=prefix)
+    if packed:
+        (root / "dataset").rename(root / "inner")
+        (root / "dataset").mkdir()
+        (root / "inner").rename(root / "dataset" / "dataset")
     task = tasks.load("speech", root=tmp_path, source="arabic")
     assert [len(split) for split in (task.train, task.valid, task.test)] == [40, 20, 20]
     assert task.config.class_names == WORDS20 and task.config.length == 16_000
@@ -47,14 +53,14 @@ def test_the_authors_repository(tmp_path, header, prefix):
     every = tasks.load("speech", root=root, source="arabic40", normalise=None)
     assert every.config.classes == 40 and every.config.class_names[:20] == WORDS20
     x, label = every.test[21]
-    assert every.config.class_names[label] == MORE[1]
+    assert every.config.class_names[label] == MORE[1] == "zoom in"
     assert (x[800:] == 0).all() and (x[:800] != 0).any()
 
 
 FAULTS = {
     "no rows": ("train.csv", "file,class\n", "train.csv names no recordings"),
-    "foreign row": ("valid.csv", "file,class\nhello,yes\n", "valid.csv, row 2: wanted a file such as"),
-    "path outside": ("valid.csv", "file,class\n../../../etc/yes.wav,yes\n", "valid.csv, row 2: wanted a file"),
+    "foreign row": ("val.csv", "file,class\nhello,yes\n", "val.csv, row 2: wanted a file such as"),
+    "path outside": ("val.csv", "file,class\n../../../etc/yes.wav,yes\n", "val.csv, row 2: wanted a file"),
     "mislabelled": ("test.csv", "file,class\ndataset/yes/00000004_NO_01.wav,no\n", "04_NO_01.wav is labelled 'no'"),
     "speaker twice": ("test.csv", "file,class\ndataset/yes/00000003_NO_01.wav,yes\n", "speaker 00000003 is in valid"),
     "lost file": ("test.csv", "file,class\ndataset/yes/00000009_NO_01.wav,yes\n", "cannot read yes/00000009_NO_01.wav"),
