@@ -28,6 +28,7 @@ import tyro
 
 from .tasks import DataError
 from .training import CheckpointError, NonFiniteError, RecipeError, RecordError, Unfinished, fit, recipe, recipes
+from .training.machine import leave_group
 
 _Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -83,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{type(error).__name__}: {error}", 1)
     except KeyboardInterrupt:
         return _complain(f"interrupted. Go on from the last checkpoint, if one was made, with: {_again(argv)}", 130)
+    finally:
+        leave_group()
 
 
 def _train(arguments: Arguments, argv: Sequence[str]) -> int:

@@ -498,9 +498,10 @@ class SparseActivation(nn.Module):
     @property
     def _distances(self) -> Tensor | None:
         """What a key adds at each distance that is told apart; of a local table the part that can be reached."""
-        if self.bias != "local" or self.window is None or self.table is None:
+        if self.bias != "local" or self.table is None:
             return self.table
-        return self.table[3 * self.window - 1 : 5 * self.window]
+        window = (len(self.table) + 1) // 6  # that it was made for: a panel may look through another one
+        return self.table[3 * window - 1 : 5 * window]
 
     def _project(self, packed: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z, reset, v = F.silu(self.mx_proj(packed)).split([self.z_dim, self.v_dim, self.v_dim], dim=-1)
