@@ -2,6 +2,7 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,13 @@ from longseq_tutorial.classroom.measure import peak_memory
 from longseq_tutorial.classroom.panels_systems import MORE_OPERATIONS, PARTS, Count, Systems, count_parts
 from longseq_tutorial.models import NAMES, build_encoder
 from longseq_tutorial.tasks import TaskConfig
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open():
+    yield
+    plt.close("all")
+
 
 TASK = TaskConfig(name="letters", kind="tokens", classes=4, length=64, vocabulary=27, source="made here")
 # As chapter 09 has them.
