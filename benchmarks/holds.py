@@ -24,7 +24,7 @@ from longseq_tutorial.training import machine, recipes
 TASK = TaskConfig(name="text", kind="tokens", classes=2, length=4096, vocabulary=257)
 # The error allowed, relative to the norm: of the answers, and of all gradients together. Rounding moves a token over
 # SeqBoat's threshold and a key to another code, and then more than the last digits differ.
-ALLOWED = {"float64": (1e-9, 1e-8), "float32": (1e-4, 1e-2), "bf16": (1e-2, 1e-1)}
+ALLOWED = {"float64": (1e-9, 1e-8), "float32": (1e-4, 1e-2), "bf16": (2e-2, 1e-1)}
 
 
 class Outcome(NamedTuple):
