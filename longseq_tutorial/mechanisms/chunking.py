@@ -39,9 +39,8 @@ Attend = Callable[..., Tensor]
 Watcher = Callable[[Tensor], Tensor]
 Cache = tuple[Tensor, Tensor]  # the keys (..., seen, z) and values (..., seen, v) a stream still remembers
 
-GROUP = (
-    2**20
-)  # scores worked on at once on a CPU, 4 MiB in float32. Larger tensors are fetched from the system page by page.
+# Scores worked on at once on a CPU, 4 MiB in float32. Larger tensors are fetched from the system page by page.
+GROUP = 2**20
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["LARGE", "at_once", "in_pieces", "uncompiled"]
 
-F = TypeVar("F", bound=Callable[..., object])
+Work = TypeVar("Work", bound=Callable[..., object])
 
 LARGE = 2**26  # numbers: 256 MiB in float32, of which a mechanism holds a few at a time
 
@@ -27,6 +27,6 @@ def at_once(x: Tensor, on_cpu: int) -> int:
     return on_cpu if in_pieces(x) else LARGE
 
 
-def uncompiled(work: F) -> F:
+def uncompiled(work: Work) -> Work:
     """``work``, which torch.compile is to call as it is. (Asked for while compiling: it takes a second to load.)"""
     return torch.compiler.disable(work) if torch.compiler.is_compiling() else work

@@ -142,7 +142,7 @@ def toeplitz_product_2d_full(lags: Tensor, v: Tensor) -> Tensor:
         torus = _circle(lags, size, working_dtype(lags, v))
         spectrum = torch.fft.rfft2(torus).unsqueeze(1)  # (H, 1, ..): one for every sequence and channel
         rows = v.to(torus.dtype).movedim((-2, -1), (1, 2))  # (B, H, d, X, Y)
-        # large images a few heads at a time: nearer to the caches, less memory
+        # Large images a few heads at a time: on a CPU nearer to the caches, anywhere less memory.
         heads = max(1, at_once(v, PIECE) * v.shape[-2] // max(1, v.numel()))
         y = [
             torch.fft.irfft2(torch.fft.rfft2(some, s=size) * waves, s=size)[..., : grid[0], : grid[1]]
