@@ -129,6 +129,8 @@ def _thin_markers(fig: Figure) -> None:
     """Space the markers of dense lines evenly, unless the author has: one for each point hides the line."""
     for ax in fig.axes:
         for line in ax.get_lines():
+            if line.get_linestyle() == "None":
+                continue  # a cloud of points: each of them counts
             if np.size(line.get_xdata()) > DENSE and line.get_markevery() is None:
                 line.set_markevery(0.1)  # of the axes' diagonal
 

@@ -2,7 +2,7 @@
 
 *Chunks* cut the sequence into blocks and attend within each, never across. The cost falls from ``L**2`` to
 ``L * chunk``; what is lost is everything that crosses a border, and in Mega-chunk the EMA beneath carries it across.
-Source: Ma et al., "Mega", ICLR 2023, section 3.5 (Mega-chunk).
+Source: Ma et al., "Mega", ICLR 2023, section 3.4 (Mega-chunk).
 
 A *window* slides: query i sees the keys at a distance of at most ``window``, so there are no borders, and each layer
 passes news on by ``window`` positions. As blocks it is three shifted views of the keys, the block before, the query's

@@ -198,7 +198,7 @@ class DampedEMA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh parameters. The alternating signs of beta keep the n averages from starting out alike."""
+        """Draw fresh parameters, as the published code does: beta starts with alternating signs."""
         nn.init.normal_(self.alpha_logit, std=0.2)
         nn.init.normal_(self.delta_logit, std=0.2)
         nn.init.normal_(self.beta, std=0.02)

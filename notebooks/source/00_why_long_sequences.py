@@ -158,7 +158,7 @@ print("FFT convolution,    error", below((long_convolution(v, kernel) - slow).ab
 # - **FFT convolution**: 64 channels, each with a kernel as long as the sequence.
 #
 # The lengths double from 256 to 16,384. Explicit attention stops at 4,096: at 16,384 its matrix alone takes 1 GiB, and
-# as we shall see it holds three of them at once. A course should not push your machine into swapping.
+# as we shall see it holds two of them at once. A course should not push your machine into swapping.
 #
 # A word on measuring. We use one core, and the processor's own time (`process_time`) instead of the clock's: other
 # programs on your machine do not count. Of several runs we keep the fastest, as noise only ever adds. Memory is what
@@ -226,7 +226,8 @@ for length in measured["fused attention"]:
 # (below that, the fixed cost of calling PyTorch shows) and give its standard error in the legend.
 #
 # What to look for in the figure: which lines are parallel, and where they would stand at the right edge. The dashed
-# piece is *not measured*: it carries explicit attention on to 16,384 with the fitted exponent.
+# piece is *not measured*: it carries explicit attention on to 16,384 with the fitted exponent. (Where a line is bent, as
+# when the matrix outgrows a cache, one exponent is too steep for what follows, and the dashed end too high.)
 
 # %%
 time_growth, memory_growth = {}, {}
@@ -304,8 +305,8 @@ print("fused attention grows at most linearly:            ", memory_growth["fuse
 print("at 16,384 it holds less than 1/50 of the matrix:   ", at["fused attention"].bytes < 4 * 16384**2 / 50)
 
 # %% [markdown]
-# The explicit form holds three matrices at its worst moment: the scores, the scaled scores, and the weights. The fused
-# form holds none. This is the first lesson of the course: **fused attention cures the memory and leaves the time.** The
+# The explicit form holds two matrices at its worst moment: the scores, and the weights that softmax makes of them. (The
+# queries are scaled, not the scores, or there would be a third.) The fused form holds none. This is the first lesson of the course: **fused attention cures the memory and leaves the time.** The
 # number of dot products is what it was, only nobody stores them. On a GPU it is some factor faster, the line lies
 # lower, and it has the same slope. A constant factor buys you a length; the slope takes it back: to read twice as far,
 # you need four times the machine.
@@ -531,11 +532,11 @@ show(
 # | [07 Kernel linear attention](07_linear_attention.ipynb) | feature maps; parallel = chunked = recurrent | **ready** |
 # | [08 FFT positional bias](08_fft_bias.ipynb) | a Toeplitz bias as a circulant embedding | **ready** |
 # | [09 The models](09_the_models.ipynb) | the published systems: one diagram, one table, one API | **ready** |
-# | [10 Long Range Arena](10_long_range_arena.ipynb) | make the data of ListOps, train on it | **ready, in a first form** |
-# | [11 Speech](11_speech.ipynb) | classify spoken digits from the raw waveform, on your machine | **ready, in a first form** |
+# | [10 Long Range Arena](10_long_range_arena.ipynb) | the six tasks, looked at and measured; seven models in miniature; the records of real runs | **ready** |
+# | [11 Speech](11_speech.ipynb) | spoken digits from the raw waveform: seven models, what they listen for, how far back | **ready** |
 # | [12 What they learned](12_what_they_learned.ipynb) | inside trained models: memories, maps, codes; parts switched off | **ready** |
 #
-# All eight mechanisms and the models stand today, and Mega is trained (10, 11). The order of the table is the order of the argument,
+# Seven models have been trained on ListOps, text and speech (10 to 12). The order of the table is the order of the argument,
 # but 01, 03, 04 make Mega-chunk by themselves, and 06, 07, 08 can each be read after 03. If you are in a hurry: 01 and 11.
 #
 # ### How to use a notebook
@@ -571,7 +572,8 @@ show(
 # ## The panel
 #
 # The wall, for a layer of your size. Choose the length, the batch, the heads, the bytes of a number, and how many keys
-# a chunk or window shows to a query; read the work or the largest tensor of each mechanism. We hand in the costs
+# a chunk or window shows to a query; read the work or the largest tensor of each mechanism. (The recurrence is the moving
+# average of notebook 01 with 16 numbers a channel.) We hand in the costs
 # measured above, so it can also scale them to **seconds on your machine**: choose *seconds*. Hand in your own with
 # `Wall({"my mechanism": {256: 0.001, 512: 0.002, 1024: 0.004}})`: any name, lengths and seconds for one head.
 
@@ -647,7 +649,7 @@ check_score_bytes(score_bytes)
 #
 # Now the other way round. You have `budget` bytes. Write `longest_length(budget, batch, heads, bytes_per_number,
 # copies)`: the largest whole $L$ whose score matrices fit, if `copies` of them are alive at the same time. (We measured
-# three in the explicit form.) Filling the budget exactly still fits; if nothing fits, the answer is 0.
+# two in the explicit form.) Filling the budget exactly still fits; if nothing fits, the answer is 0.
 #
 # <details><summary>Hint 1</summary>
 #

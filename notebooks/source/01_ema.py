@@ -252,7 +252,7 @@ show(
 
 # %% [markdown]
 # Zero above the diagonal: **causal**. Constant along diagonals: only the age counts, such a matrix is called
-# *Toeplitz*. The 1600 entries hold 40 different numbers. That redundancy is what the fast version lives on.
+# *Toeplitz*. The 1600 entries hold 40 different numbers, and zeros. That redundancy is what the fast version lives on.
 #
 # ## The fast version
 #
@@ -533,7 +533,7 @@ print("  the FFT's memory grows by less than a half: ", fft[1] < 1.5 * fft[0])
 # $T$ is a triangle that holds the first 64 values of the kernel along its diagonals. $V$ reads the state:
 # $V_{tj} = \eta_j q_j^{t+1}$. $W$ writes it: an input $s$ steps before the block's end has decayed $s$ times. All three
 # come from the same short table of powers. In the figure, follow one input from the left: where does it act within its
-# block, and what of it is left at the end?
+# block, and what of it is left at the end? (Purple is positive, orange negative, each table on its own scale.)
 
 # %%
 from longseq_tutorial.mechanisms.blocks import block_recurrence_plain
@@ -594,8 +594,8 @@ for name, form in {"in blocks, above": ema_in_blocks, "the package's": lambda *a
 
 # %% [markdown]
 # Now the bill, for one number of one channel. The products cost $2(C + 2n)$ operations: 192 for $C = 64$ and the 16
-# averages of Mega, whatever the length. That is *more* arithmetic than an FFT needs. But it is arithmetic of the kind that a
-# processor does at full speed, on data that stay in its cache, and linear in $L$. The least that any method must do is to
+# averages of Mega, whatever the length. The three FFTs of chapter 00 need about $15 \log_2 2L$: 165 at a thousand steps and
+# 225 at sixteen thousand, much the same. But this is arithmetic of the kind that a processor does at full speed, on data that stay in its cache, and linear in $L$. The least that any method must do is to
 # read $x$ and write $y$: 8 bytes.
 #
 # So there is a **floor**, which we can measure on this very machine: the time that a plain matrix product of so many
@@ -646,8 +646,9 @@ show(
 )
 
 # %% [markdown]
-# What brought most? The step from the FFT to products of 64 by 64. The second step is one that no formula shows: doing
-# the blocks *a megabyte at a time*. A result that is written to fresh memory has to be fetched from the system page by
+# What brought most? That depends on the length. In short sequences the tables are not yet paid off, and the FFT may win.
+# At some thousand steps it is the step from the FFT to products of 64 by 64. In long ones it is a step that no formula
+# shows: doing the blocks *a megabyte at a time*. A result that is written to fresh memory has to be fetched from the system page by
 # page, and on many machines that takes longer than computing it; results that fit the processor's cache are there
 # already. (With more channels the package takes 64 of them at a time: each has tables of its own, which want to stay in the cache
 # as well.) What remains above the floor is mostly turning the channels of $x$ from the last axis to the first, and back;
@@ -663,12 +664,12 @@ show(
 #
 # ### Half-life
 #
-# After how many steps is half of an input forgotten? Where $q^{h} = \tfrac12$, so
+# After how many steps is half of an input forgotten? After $T$, where $q^{T} = \tfrac12$, so
 #
-# $$h = \frac{\log \tfrac12}{\log(1-\alpha\delta)} \;\approx\; \frac{0.69}{\alpha\delta} \quad\text{for small } \alpha\delta .$$
+# $$T = \frac{\log \tfrac12}{\log(1-\alpha\delta)} \;\approx\; \frac{0.69}{\alpha\delta} \quad\text{for small } \alpha\delta .$$
 #
 # In words: the half-life is about $0.7$ divided by the *product* of the two coefficients. Neither alone sets the
-# memory. Where does Mega start? Its gates begin near $\sigma(0) = \tfrac12$, both of them.
+# memory. Where does Mega start? Both coefficients are sigmoids of a number near 0, so both begin near $\tfrac12$.
 
 # %%
 torch.manual_seed(0)
@@ -686,7 +687,7 @@ print("an input 100 steps old counts, at best,", below(kept.max(), 1e-4), "of a 
 #
 # ### An experiment: one bit, then noise
 #
-# Send in one bit, $+1$ or $-1$. Then only noise, of standard deviation 0.05. After $t$ more steps, guess the bit from
+# Send in one bit, $+1$ or $-1$. Then only noise, of standard deviation $\sigma = 0.05$. After $t$ more steps, guess the bit from
 # the sign of the average. The bit's trace is $\alpha q^t$; the noise collected since has variance
 # $\alpha^2 \sigma^2 (1-q^{2t})/(1-q^2)$. So the guess is right with probability
 #
@@ -741,7 +742,7 @@ print("sixty-four times the half-life, reach times", fmt(reach[3] / reach[0]))
 #
 # ### The same thing in frequencies
 #
-# Feed in a wave $e^{i\omega t}$. A convolution only scales and delays it, by the kernel's Fourier transform. For our sum
+# Feed in a wave $e^{i\omega t}$ ($\omega$ is a frequency here, not the skip). A convolution only scales and delays it, by the kernel's Fourier transform. For our sum
 # of geometric series that is
 #
 # $$K(\omega) = \sum_{s\ge0} k_s\, e^{-i\omega s} = \sum_{j=1}^n \frac{\eta_j\alpha_j\beta_j}{1 - q_j\, e^{-i\omega}},
@@ -772,7 +773,12 @@ omega = 2 * math.pi * frequencies
 formula = (1 - q_fast) / (1 - q_fast * torch.exp(-1j * omega)) - (1 - q_slow) / (1 - q_slow * torch.exp(-1j * omega))
 peak = int(gain.argmax())
 right.plot(frequencies[1:], gain[1:], marker="")
-right.set(xscale="log", title="half-life 2 minus half-life 32: band-pass", xlabel="frequency (cycles per step)")
+right.set(
+    xscale="log",
+    title="half-life 2 minus half-life 32: band-pass",
+    xlabel="frequency (cycles per step)",
+    ylabel="gain (linear)",
+)
 show(
     fig,
     f"""Gain against frequency. Left: single averages with half-lives 2, 8 and 32 let slow waves through and lose half of
@@ -783,9 +789,10 @@ show(
 print("the kernel's FFT = the formula, error", below((gain - formula.abs()).abs().max(), 1e-6))
 
 # %% [markdown]
-# A rule of thumb falls out: an average of half-life $h$ lets waves through whose period is longer than about
-# $2\pi h/\log 2 \approx 9h$. And with opposite signs two averages notice *change* at a chosen tempo and ignore the
-# constant level. That is why $\beta$ starts out with alternating signs, $+1, -1, +1, \dots$
+# A rule of thumb falls out: an average of half-life $T$ lets waves through whose period is longer than about
+# $2\pi T/\log 2 \approx 9T$. And with opposite signs two averages notice *change* at a chosen tempo and ignore the
+# constant level. (The authors start $\beta$ with alternating signs, $+1, -1, +1, \dots$ As $\eta$ is drawn around zero, a fresh
+# layer would have both signs in any case.)
 #
 # ## Learning a long memory
 #
@@ -958,7 +965,7 @@ panel = EMAMemory()
 panel
 
 # %%
-print(panel.set(alpha=0.9, delta=0.1, length=128).say())
+print(panel.set(alpha=0.9, delta=0.167, length=128).say())
 print(panel.set(signal="fast wave", scale="log").say())
 
 # %% [markdown]

@@ -368,7 +368,7 @@ def random_system(dim, half, seed=0):
 
 
 # %% [markdown]
-# Knock, and listen. Left, three single pairs: each rings at its own pitch and fades at its own pace. Right, their sum.
+# Knock, and listen. Left, a plain decay and two pairs, each ringing at its own pitch and fading at its own pace. Right, their sum.
 
 # %%
 trio = [
@@ -384,7 +384,7 @@ for j in range(3):
         s4d_slow(knock, *(v[:, j : j + 1] for v in trio), tenth)[0, :, 0],
         label=f"eigenvalue {trio[0][0, j].item():.1f}",
     )
-left.set(title="three pairs", xlabel="time after the knock (steps)", ylabel="output")
+left.set(title="three eigenvalues", xlabel="time after the knock (steps)", ylabel="output")
 left.legend(fontsize="small")
 right.plot(echo)
 right.set(title="their sum", xlabel="time after the knock (steps)")
@@ -519,14 +519,16 @@ show(
     fig,
     f"""Five columns. Top, the sampled eigenvalues for N = 32 and dt = 0.03 in the unit circle; bottom, the sum of all states
     as a kernel, scaled to 1. lin: evenly along the right side, periods of {fmt(periods["lin"][0])} to
-    {fmt(periods["lin"][1])} steps; its kernel is a train of pulses, one every {fmt(periods["lin"][1])} steps. inv, quad and legs:
-    dense near 1, a few points far around; slowest periods {fmt(periods["inv"][1])}, {fmt(periods["quad"][1])} and
+    {fmt(periods["lin"][1])} steps; its kernel is a train of pulses, one every {fmt(periods["lin"][1])} steps. inv and legs:
+    dense near 1, a few points far around; quad: spread over the whole circle, the fast ones far apart; slowest periods of inv, quad and legs: {fmt(periods["inv"][1])}, {fmt(periods["quad"][1])} and
     {fmt(periods["legs"][1])} steps. real: on the real axis; its kernel changes sign {changes["real"]} times.""",
 )
 
 # %% [markdown]
-# The evenly spaced `lin` adds up to a pulse that comes back, as a Fourier series must. `inv`, `quad` and `legs` have a few
-# fast eigenvalues for the new and many slow ones for the old, which is the wide-angle lens again.
+# The evenly spaced `lin` adds up to a pulse that comes back, as a Fourier series must. `inv` and `legs` have a few fast
+# eigenvalues for the new and many slow ones for the old, which is the wide-angle lens again. `quad` begins as slowly, but
+# its steps widen so fast that most of its eigenvalues are fast: with this `dt` several turn by more than half a circle a
+# step, and look like slower ones.
 #
 # ## Full S4: when HiPPO will not be diagonal
 #
@@ -631,7 +633,8 @@ for fact, size in facts.items():
 #
 # $$\bigl(M + P P^*\bigr)^{-1} = M^{-1} - \frac{M^{-1} P\; P^* M^{-1}}{1 + P^* M^{-1} P} .$$
 #
-# With $M$ diagonal, everything is a sum of the form $c(v) = \sum_n \Delta v_n/(z - \Delta\Lambda_n)$, a **Cauchy** sum:
+# (Here with $M = z - \Delta\Lambda$, and $\Delta P P^*$ in place of $P P^*$: each $\Delta$ goes into one of the sums below.
+# Products such as $\tilde C P$ are taken entry by entry.) With $M$ diagonal, everything is a sum of the form $c(v) = \sum_n \Delta v_n/(z - \Delta\Lambda_n)$, a **Cauchy** sum:
 #
 # $$\hat K(\omega) = \frac{2}{1+\omega}\left[c(\tilde C B) - \frac{c(\tilde C P)\; c(P^* B)}{1 + c(P^* P)}\right] .$$
 #
@@ -853,7 +856,8 @@ print("  Cauchy sums in blocks: less than half when longer:", held["Cauchy", 327
 # %% [markdown]
 # ## Why this is fast
 #
-# Chapter 01 has counted an FFT, cut time into blocks of $C = 64$ steps, and measured a floor. All of it holds here. What is
+# Chapter 01 has counted an FFT, cut time into blocks of 64 steps, and measured a floor. (It called their length $C$. Here
+# $C$ reads the state, so a block has $\ell$ steps.) All of it holds here. What is
 # new are three bills that an EMA does not have to pay: powers of *complex* numbers, states that *turn*, and a matrix that is
 # *not diagonal*.
 #
@@ -907,12 +911,12 @@ for first, second in (("complex exp", "exp, cos, sin"), ("exp, cos, sin", "two t
     print(f"'{second}' at least 1.3 times as fast as '{first}':", faster)
 
 # %% [markdown]
-# **States that turn.** In blocks, $y = T x + V h$ and $h' = q^C h + W x$ as in chapter 01, with complex $V$, $W$ and $h$. But
+# **States that turn.** In blocks, $y = T x + V h$ and $h' = q^{\ell} h + W x$ as in chapter 01, with complex $V$, $W$ and $h$. But
 # matrix products want real numbers. So a state is written down as the pair $(\mathrm{Re}\,h, \mathrm{Im}\,h)$, two columns
 # of $V$ are $2\,\mathrm{Re}(C\bar A^{t+1})$ and $-2\,\mathrm{Im}(C\bar A^{t+1})$, and two rows of $W$ the real and the
 # imaginary part of $\bar A^{s}\bar B$. S4D with $N/2$ complex states then *is* an EMA with $N$ real ones, for all the large
-# products; only where a state crosses into the next block does $q^C$ multiply it as a complex number. The bill for each number
-# of a channel: $2(C + 2N)$ operations, 384 for $N = 64$.
+# products; only where a state crosses into the next block does $q^{\ell}$ multiply it as a complex number. The bill for each number
+# of a channel: $2(\ell + 2N)$ operations, 384 for $N = 64$.
 #
 # **A matrix that is not diagonal.** Which of this needs $\bar A$ to be diagonal? Nothing! $V$ holds $C\bar A^{t+1}$, $W$ holds
 # $\bar A^s \bar B$, and the state crosses a block by $\bar A^{64}$, whatever $\bar A$ is. And the powers come cheaply, by
@@ -958,7 +962,7 @@ print("and the state at the end, error", below((last[0, 0] - x).abs().max(), 1e-
 #
 # $$r\bar A^n + \sum_{t < n} \big(r M^{n-1-t} k\big)\; r \bar A^t = r M^n .$$
 #
-# Each row is $rM^n$, powers of numbers, less the rows before it, with weights that are numbers too: $C$ equations, a triangle,
+# Each row is $rM^n$, powers of numbers, less the rows before it, with weights that are numbers too: $\ell$ equations, a triangle,
 # solved in one call for all $N$ columns. The same formula then gives $C\bar A^{t+1}$ and $\bar A^s \bar B$. Nothing is squared,
 # which would double the errors of phase each time, and only $M$ needs double precision.
 
@@ -980,9 +984,9 @@ print(
 )
 
 # %% [markdown]
-# The bill: $C^2N$ operations for the triangle and three thin products, about $7N^3$ for each channel where $C = N$, *whatever
-# the length* (below 4,096 steps the package halves $C$: then the tables are what costs). And for each number $2(C + 2N)$ as
-# before, plus $2N^2/C$ for the state that crosses a block by a full matrix: 512 in all. The Cauchy sums need $N/2$ fractions
+# The bill: $\ell^2 N$ operations for the triangle and three thin products, about $7N^3$ for each channel where $\ell = N$,
+# *whatever the length* (below 4,096 steps the package halves $\ell$: then the tables are what costs). And for each number
+# $2(\ell + 2N)$ as before, plus $2N^2/\ell$ for the state that crosses a block by a full matrix: 512 in all. The Cauchy sums need $N/2$ fractions
 # at each of $L/2$ frequencies, about ten operations each and thirty more to sum them up, which is more already; and the FFTs
 # follow.
 #
@@ -1117,6 +1121,7 @@ for ax, names in zip(axes, (["S4D, lin"], ["EMA", "S4D, real"]), strict=True):
     ax.set(xlabel="lag (steps)")
     ax.legend(fontsize="small")
 axes[0].set(ylabel="weight")
+axes[1].set(ylabel="weight (mind the scale)")
 with torch.no_grad():
     learned = layers["S4D, lin"].kernel(150)[0]
 show(

@@ -947,9 +947,9 @@ show(
 )
 
 # %% [markdown]
-# Left first. Up to 512 positions the map *is* one tile, and all forms are near each other. Where it is a few tiles large, the map
-# is hard to beat. As it grows the whole map climbs, and tiles stay level, a few times above the
-# floor. What brought most is no formula but **never touching the map as a whole**: a pass over a fresh map takes at
+# Left first. Up to 512 positions the map *is* one tile, and all forms are near each other. At a few tiles they are still
+# close, and which is ahead depends on the machine. As it grows the whole map climbs, and tiles stay level, about twice the
+# floor where these pages were made. What brought most is no formula but **never touching the map as a whole**: a pass over a fresh map takes at
 # least twice as long for each number as one over a tile, and laplace makes half a dozen. To ask for no new memory even
 # within a tile pays mostly on the way back, which comes next. What remains above the floor is passes, in the cache, and
 # products of narrow tiles, which are slower than a large square one.
@@ -1347,6 +1347,7 @@ print(
 # * **Position** is a bias that depends on $j - i$ alone: a table, or (rotary) two turned vectors.
 # * **A Mega layer** is norm → EMA → gated attention → mix. Queries, keys and gates read the smoothed sequence, values the sharp one.
 # * The map still costs $L^2$ in time; one head makes it smaller, not linear. In **tiles** of a megabyte it never exists as a
-#   whole, so memory grows like $L$, and long sequences are faster, too.
+#   whole, so memory grows like $L$. On the way there long sequences are faster, too; on the way back the second making of
+#   each tile takes that gain again.
 #
 # Next, chapter 04 cuts the map into chunks, and asks what crosses a border, and how.

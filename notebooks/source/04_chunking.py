@@ -21,7 +21,7 @@
 # - measure the receptive field of any layer or stack with a single backward pass, and read it;
 # - say how far news travels in $n$ layers of chunks, of windows, and with an EMA or a state space beneath.
 #
-# | here | Mega (Ma et al., ICLR 2023, section 3.5) | SPADE, LongT5 | what it is |
+# | here | Mega (Ma et al., ICLR 2023, section 3.4) | SPADE, LongT5 | what it is |
 # |---|---|---|---|
 # | `chunk`, $c$ | chunk size $c$ | | length of a block; nothing crosses its borders |
 # | `window`, $w$ | | radius $r$ | farthest key to each side: $|i-j| \le w$ |
@@ -146,7 +146,7 @@ in_sight = {name: int((weights[C] > 0).sum()) for name, weights in views_of_8.it
 show(
     fig,
     f"Four squares of {N} by {N}, row = query, column = key, bright where the weight is not zero. "
-    + "; ".join(f"{name}: query 8 sees {count} keys" for name, count in in_sight.items())
+    + "; ".join(f"{name}: query 8 sees {count} key{'s' * (count != 1)}" for name, count in in_sight.items())
     + ". Chunks are squares along the diagonal, a window is a band.",
 )
 
@@ -466,7 +466,7 @@ show(
 # are the cheapest thing there is: when the length divides, nothing is copied and nothing masked. The window pays for its three views, each key and
 # value being read in three blocks, and for the third of the scores that it hides. (In the end its memory bends below a straight
 # line: from some thousand positions on the package works on a group of blocks at a time, of which more below. For chunks, whose
-# fused call makes no scores to be spared, it rises a little instead, where the results of two groups are put together.)
+# fused call makes no scores to be spared, it rises half as much again above the line, where the results of two groups are put together.)
 #
 # And at a given length, the cost is proportional to the width. Full attention is the widest window:
 
@@ -750,7 +750,7 @@ fields |= {(name, 1): receptive_field(layer, asked) for name, layer in carried.i
 fig, axes = plt.subplots(1, 4, figsize=(11.4, 3.3), sharey=True)
 for ax, name in zip(axes, carried, strict=True):
     image = draw_field(ax, fields[name, 1])
-    ax.set(title=name, xlabel="input (position)", xticks=(0, 24, 48), yticks=(0, 24, 48))
+    ax.set(title=name.replace(" on ", "\non "), xlabel="input (position)", xticks=(0, 24, 48), yticks=(0, 24, 48))
     ax.title.set_fontsize(9.5)
 axes[0].set(ylabel="output (position)")
 fig.colorbar(image, ax=axes, shrink=0.8, label="gradient (log10 of share)")
@@ -1347,7 +1347,7 @@ for name, options in CHUNKED.items():
 # %% [markdown]
 # ## What to remember
 #
-# - Chunk attention is a reshape: $L\,c$ scores, nothing copied, nothing crosses a border, **however many layers** (Mega, section 3.5).
+# - Chunk attention is a reshape: $L\,c$ scores, nothing copied, nothing crosses a border, **however many layers** (Mega, section 3.4).
 # - A window's keys are three shifted views of blocks as long as the window; the band and the bias are one small picture,
 #   the same in every block, because $j - i = m - w - a$. $3w$ scores a query, $2w + 1$ of them used (LongT5, SPADE).
 # - Fill and padding must be *hidden*: zeros have weights too. Padding on the left moves chunk borders and changes the outputs;

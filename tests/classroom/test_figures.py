@@ -121,8 +121,10 @@ def test_markers_of_dense_lines_are_spaced() -> None:
     fig, ax = plt.subplots()
     (dense,), (sparse,) = ax.plot(range(500)), ax.plot(range(5))
     (own,) = ax.plot(range(400), markevery=100)
+    (cloud,) = ax.plot(range(400), "o")
     png_bytes(fig)
     assert (dense.get_markevery(), sparse.get_markevery(), own.get_markevery()) == (0.1, None, 100)
+    assert cloud.get_markevery() is None
     plt.close(fig)
 
 

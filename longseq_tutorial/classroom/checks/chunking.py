@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from longseq_tutorial.classroom.exercises import Verdict, check
+from longseq_tutorial.classroom.watching import reject, watch
 from longseq_tutorial.mechanisms.chunking import chunk_attention, t5_bucket, window_attention
 
 __all__ = [
@@ -178,7 +178,7 @@ def check_chunk_attention(candidate: Any) -> Verdict:
     def variant(**part: Any) -> Callable[..., Tensor]:
         return lambda *args: _chunked(*args, **part)
 
-    return check(
+    verdict = check(
         candidate,
         lambda q, k, v, chunk: chunk_attention(q, k, v, chunk),
         name="chunk_attention",
@@ -215,6 +215,22 @@ def check_chunk_attention(candidate: Any) -> Verdict:
         },
         verified="Any length, and the last chunk may be short.",
     )
+    if not verdict.ok:
+        return verdict
+    short, long = watch(candidate, *case(40, 8, 50)), watch(candidate, *case(400, 8, 50))
+    if long.largest >= 400 * 400:
+        return reject(
+            "chunk_attention",
+            "for 400 positions a tensor of 400 x 400 was made.",
+            "all scores, most of them hidden. Cut q, k and v into chunks first: q.unflatten(1, (-1, chunk)).",
+        )
+    if long.operations > 2 * short.operations:
+        return reject(
+            "chunk_attention",
+            f"five chunks took {short.operations} operations and fifty took {long.operations}.",
+            "a loop over the chunks. Make the chunks an axis, and one product takes them all.",
+        )
+    return verdict
 
 
 # ---- 4: T5's buckets -------------------------------------------------------------------------------------------------
@@ -353,7 +369,7 @@ def check_window_attention(candidate: Any) -> Verdict:
     )
     if not verdict.ok:
         return verdict
-    largest = _largest_tensor(candidate, 400, 4)
+    largest = watch(candidate, *case(400, 4, 50)).largest
     if largest >= 400 * 400:
         return Verdict(
             "wrong",
@@ -388,22 +404,3 @@ def _rolled(q: Tensor, k: Tensor, v: Tensor, window: int, table: Tensor) -> Tens
     scores = q @ k.mT / math.sqrt(q.shape[-1]) + table[(offset + window).clamp(0, 2 * window)]
     scores = scores.masked_fill((offset.abs() > window) | (real.mT == 0), -1e30)
     return (torch.softmax(scores, dim=-1) @ v).flatten(1, 2)[:, :length]
-
-
-def _largest_tensor(candidate: Callable[..., Tensor], length: int, window: int) -> int:
-    """How many numbers the largest tensor holds that is made on the way."""
-
-    class Watch(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for part in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(part, Tensor):
-                    self.numel = max(self.numel, part.numel())
-            return out
-
-    with Watch() as seen, torch.no_grad():
-        q, k, v = (_draw(1, length, 2, seed=i) for i in range(3))
-        candidate(q, k, v, window, torch.zeros(2 * window + 1, dtype=torch.float64))
-    return seen.numel

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longseq_tutorial.classroom.exercises import Verdict, check
 from longseq_tutorial.classroom.panels_s4 import legendre
+from longseq_tutorial.classroom.watching import reject, watch
 from longseq_tutorial.mechanisms.s4 import discretize, dplr_dense
 
 __all__ = [
@@ -258,7 +259,7 @@ def check_generating_function(candidate: Any) -> Verdict:
             "C is conjugated, as torch.vdot does; y = C x has no conjugate": wrong(conjugate=True),
         },
         gradients=False,  # off the conjugate pairs, ways that agree on them have different derivatives
-        verified="Its irfft is the kernel, without a single power of Abar but the L-th.",
+        verified="Its irfft is the kernel, and no power of Abar but the L-th is needed for it.",
     )
 
 
@@ -310,7 +311,7 @@ def check_woodbury(candidate: Any) -> Verdict:
         P, B, C = _draw(states, rank, seed=seed + 1), _draw(states, seed=seed + 2), _draw(states, seed=seed + 3)
         return z, _eigenvalues(states, seed=seed), P, B, C
 
-    return check(
+    verdict = check(
         candidate,
         woodbury,
         name="woodbury",
@@ -338,4 +339,15 @@ def check_woodbury(candidate: Any) -> Verdict:
             "z + Lambda instead of z - Lambda": lambda z, L, P, B, C: _woodbury(z, -L, P, B, C),
         },
         verified="A dense solve needs N^3 operations for every frequency, this one N r^2.",
+    )
+    if not verdict.ok:
+        return verdict
+    states = 64
+    if watch(candidate, *case(states, 2, 2, 130)).largest < states**2:
+        return verdict
+    return reject(
+        "woodbury",
+        f"for N = {states} a matrix of N x N numbers was made.",
+        "the dense system was solved. M is diagonal: keep z - Lambda as a vector, divide by it, and invert only the "
+        "small matrix (r, r) in the middle.",
     )

@@ -87,7 +87,6 @@ def test_solution_is_accepted_and_stub_seen(check):
 def test_other_ways_to_the_same_are_accepted():
     assert_accepts(check_window_mask, window_mask)
     assert_accepts(check_first_felt, first_felt)
-    assert_accepts(check_chunk_attention, chunking.chunk_attention_slow)
     assert_accepts(check_causal_bucket, causal_bucket)
     assert_accepts(check_window_attention, lambda q, k, v, w, t: chunking.window_attention(q, k, v, w, bias=t))
     assert_accepts(check_window_attention, lambda q, k, v, w, t: chunking.window_attention_slow(q, k, v, w, bias=t))
@@ -273,3 +272,12 @@ def through_the_full_matrix(q, k, v, window, table):
 )
 def test_window_mistakes(wrong, words):
     assert_rejects(check_window_attention, wrong, *words)
+
+
+def test_a_loop_over_the_chunks_and_a_hidden_matrix_are_seen():
+    def masked(q, k, v, chunk):
+        place = torch.arange(q.shape[1]) // chunk
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=place[:, None] == place)
+
+    assert_rejects(check_chunk_attention, chunking.chunk_attention_slow, "values are right", "loop over the chunks")
+    assert_rejects(check_chunk_attention, masked, "values are right", "400 x 400")

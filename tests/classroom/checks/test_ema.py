@@ -72,7 +72,6 @@ def test_other_ways_to_the_same_are_accepted():
     assert_accepts(
         check_ema_kernel, lambda a, d, b, e, k: ema_kernel(a, d, b, e, k) if a.max() < 1 else kernel(a, d, b, e, k)
     )
-    assert_accepts(check_ema_block, ema_recurrent)
     assert_accepts(check_causal_convolution, long_convolution)
 
 
@@ -251,3 +250,7 @@ def block_with(
 )
 def test_block_mistakes(wrong, words):
     assert_rejects(check_ema_block, wrong, *words)
+
+
+def test_a_block_with_a_loop_over_time_is_seen():
+    assert_rejects(check_ema_block, ema_recurrent, "values are right", "512", "loop over time")
