@@ -7,6 +7,7 @@ learning rate are decided here, and what surrounds the loop (checkpoints, progre
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -50,17 +51,18 @@ def fit(
     recipe: what to do. seed: decides the weights, the order of the data, dropout and augmentation.
     out: folder of the record; checkpoints and TensorBoard files lie in `out/<name>`.
     resume: go on from the last checkpoint, if there is one. overwrite: start anew where an unfinished run lies.
-    max_seconds: save and stop after so long. save_every: seconds between two checkpoints.
+    max_seconds: save and stop so long after the call; making the data counts. save_every: seconds between checkpoints.
     data: folder of the data, see `tasks.load`. task: train on this instead of loading one.
     workers: processes that prepare batches. cpu: leave a GPU alone. progress: show a bar and a line an epoch.
 
     Raises `Unfinished` when it stopped early, `NonFiniteError` when the numbers broke, and `RecipeError`,
     `DataError`, `CheckpointError` or `RecordError` when it cannot start.
     """
+    deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
     model_settings(recipe)  # a wrong one is said before data are made
     if task is None:
         task = load_task(recipe, data)
-    run = Run(recipe, task, seed=seed, out=Path(out), max_seconds=max_seconds, cpu=cpu)
+    run = Run(recipe, task, seed=seed, out=Path(out), deadline=deadline, cpu=cpu)
     finished = run.open(resume=resume, overwrite=overwrite)
     if finished is not None:
         return finished

@@ -57,15 +57,13 @@ class Run:
     Raises `RecipeError` where recipe, task, model and number of processes do not fit each other.
     """
 
-    def __init__(
-        self, recipe: Recipe, task: Task, *, seed: int, out: Path, max_seconds: float | None, cpu: bool
-    ) -> None:
+    def __init__(self, recipe: Recipe, task: Task, *, seed: int, out: Path, deadline: float, cpu: bool) -> None:
         self.recipe, self.task, self.seed, self.out = recipe, task, seed, out
         self.name = f"{recipe.run_name}-seed{seed}"
         self.folder = out / self.name
         self.started = self.last_save = time.monotonic()
         self.cpu_started = time.process_time()
-        self.deadline = math.inf if max_seconds is None else self.started + max_seconds
+        self.deadline = deadline  # on time.monotonic's clock
         self.total = recipe.total_updates(len(task.train))
         self.per_epoch = len(task.train) // recipe.batch
         self.accelerator = machine.make_accelerator(recipe.precision, cpu)

@@ -228,6 +228,19 @@ def test_time_is_up(tmp_path: Path) -> None:
     assert train(tmp_path, resume=True, max_seconds=600).updates == 32
 
 
+def test_making_the_data_takes_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, made = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + made[0])
+
+    def slowly(*_: Any) -> Any:
+        made[0] += 3_600
+        return tiny.task()
+
+    monkeypatch.setattr(loop, "load_task", slowly)
+    with pytest.raises(Unfinished, match=r"\(time\)"):
+        fit(tiny.recipe(), out=tmp_path, progress=False, cpu=True, max_seconds=1_800)
+
+
 def test_finished_and_unfinished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Unfinished):
         train(tmp_path, max_seconds=0)
