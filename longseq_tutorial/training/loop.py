@@ -146,14 +146,16 @@ def train_update(run: Run, pieces: list[Batch]) -> list[float]:
             accelerator.backward(loss / len(pieces))
         scores += score(logits, batch.label)
     norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.clip or math.inf)
-    scores = accelerator.reduce(scores)
-    if not torch.isfinite(scores[0] + norm):
+    # The one question of an update: a GPU answers when it has done all before, and nothing is launched meanwhile. What
+    # comes after it, the optimiser's step, is still going on while the next batch is fetched.
+    *sums, norm = torch.cat([accelerator.reduce(scores), norm.view(1)]).tolist()
+    if not math.isfinite(sums[0] + norm):
         where = most_telling(gather_object([first_nonfinite(run.bare_model, pieces)]))
         raise NonFiniteError(f"update {run.progress.update}: the loss or its gradient is not finite; {where}.")
     set_learning_rate(run)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return [float(value) for value in scores.tolist()]
+    return sums
 
 
 def set_learning_rate(run: Run) -> None:

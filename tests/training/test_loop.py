@@ -166,6 +166,21 @@ def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert "\n" not in str(caught.value)
 
 
+def test_an_update_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, asked = loop.train_update, []
+
+    def watched(run: Any, pieces: list[Batch]) -> list[float]:
+        with monkeypatch.context() as patch:
+            for name in ("tolist", "__bool__", "__int__", "__float__"):
+                answer = getattr(torch.Tensor, name)
+                patch.setattr(torch.Tensor, name, lambda t, n=name, answer=answer: (asked.append(n), answer(t))[1])
+            return original(run, pieces)
+
+    monkeypatch.setattr(loop, "train_update", watched)
+    updates = train(tmp_path, recipe=tiny.recipe(epochs=1)).updates
+    assert asked == ["tolist"] * updates
+
+
 # Every evaluation has four batches: number 11 is in the validation after update 16, number 22 in the test.
 @pytest.mark.parametrize(("evaluated", "update"), [(2, 0), (11, 16), (22, 32)])
 @pytest.mark.parametrize("select", ["last", "best"])
