@@ -135,13 +135,13 @@ def train_update(run: Run, pieces: list[Batch]) -> list[float]:
 
     Raises `NonFiniteError`, and leaves the weights as they were, when the loss or the gradient is not finite.
     """
-    accelerator, recipe = run.accelerator, run.recipe
+    accelerator, recipe, model = run.accelerator, run.recipe, run.learner
     pieces = [to_device(piece, run.device) for piece in pieces]
     scores = torch.zeros(3, device=run.device)
     for i, batch in enumerate(pieces):
         more_to_come = i + 1 < len(pieces)  # processes exchange gradients only once these are complete
-        with accelerator.no_sync(run.model) if more_to_come else nullcontext():
-            logits = answer(run.model, batch)  # (batch, classes)
+        with accelerator.no_sync(model) if more_to_come else nullcontext():
+            logits = answer(model, batch)  # (batch, classes)
             loss = F.cross_entropy(logits.float(), batch.label) + models.auxiliary_loss(run.bare_model)
             accelerator.backward(loss / len(pieces))
         scores += score(logits, batch.label)

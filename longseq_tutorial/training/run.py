@@ -92,6 +92,7 @@ class Run:
         self.model, self.optimizer = self.accelerator.prepare(self.bare_model, optimizer)
         if isinstance(self.model, DistributedDataParallel):  # codebooks and batch statistics agree by themselves
             self.model.broadcast_buffers = False
+        self.uncompiled = self.model
         if recipe.compile:  # for training alone: the bare model keeps its names, its hooks, its windows for `record`
             self.model = machine.compiled(self.model)
         self.start = (0, 0)  # updates and rows of the history when this session began
@@ -128,6 +129,15 @@ class Run:
     def moved(self) -> bool:
         """Whether this session has made an update or written a row."""
         return (self.progress.update, len(self.progress.history)) != self.start
+
+    @property
+    def learner(self) -> Any:
+        """What the coming update trains: the model, but uncompiled where a session begins.
+
+        LongVQ then looks whether its codes have begun, and may draw them. Code that is compiled meanwhile stays in
+        pieces for as long as the session lasts.
+        """
+        return self.uncompiled if self.progress.update == self.start[0] else self.model
 
     @property
     def late(self) -> bool:

@@ -153,6 +153,17 @@ def test_a_compiled_model_is_the_same_model(
     assert tape.names("weights")
 
 
+def test_what_is_compiled_is_in_one_piece(tmp_path: Path, quick_compiler: list[Any]) -> None:
+    """Also where codes are set up, or a new session has to look whether they are."""
+    recipe = tiny.recipe(model="longvq", overrides=tiny.MODELS["longvq"], epochs=1, augment=False, compile=True)
+    counters = torch._dynamo.utils.counters
+    with pytest.raises(Unfinished):
+        train(tmp_path, recipe=recipe, max_seconds=0)
+    counters.clear()
+    train(tmp_path, recipe=recipe, resume=True)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+
+
 def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusing(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("No working C++ compiler found.\nAnd much more about it.")
