@@ -122,8 +122,7 @@ def compress(x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     index = active.cumsum(1) * active  # (B, L)
     longest = max(1, int(index.max()))
     source, slot = _addresses(index, longest)
-    packed = x.new_zeros(x.shape[0] * longest, x.shape[2]).index_copy(0, slot, x.flatten(0, 1).index_select(0, source))
-    return packed.unflatten(0, (-1, longest)), index
+    return _moved(x, source, slot, longest), index
 
 
 def extract_slow(y: Tensor, index: Tensor) -> Tensor:
@@ -137,14 +136,19 @@ def extract(y: Tensor, index: Tensor) -> Tensor:
     """Put packed rows back where they came from: ``y (B, M, d)`` and index ``(B, L)`` -> ``(B, L, d)``, 0 elsewhere."""
     _check_index(y, index)
     source, slot = _addresses(index, y.shape[1])
-    rows = y.flatten(0, 1).index_select(0, slot)
-    return y.new_zeros(index.numel(), y.shape[2]).index_copy(0, source, rows).unflatten(0, index.shape)
+    return _moved(y, slot, source, index.shape[1])
 
 
 def _addresses(index: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Where the active tokens stand in ``x.flatten(0, 1)``, and where in ``packed.flatten(0, 1)``."""
     sample, time = index.nonzero(as_tuple=True)
     return sample * index.shape[1] + time, sample * longest + index[sample, time] - 1
+
+
+def _moved(x: Tensor, source: Tensor, target: Tensor, length: int) -> Tensor:
+    """Rows of ``x.flatten(0, 1)`` at other places of ``(B * length, D)``, zeros elsewhere: ``(B, length, D)``."""
+    rows = x.flatten(0, 1).index_select(0, source)
+    return x.new_zeros(x.shape[0] * length, x.shape[2]).index_copy(0, target, rows).unflatten(0, (-1, length))
 
 
 # ---- working memory: attention over the packed tokens ----------------------------------------------------------------
@@ -512,11 +516,16 @@ class SparseActivation(nn.Module):
 
     def _attend_active(self, h: Tensor, active: Tensor) -> Tensor:
         """The unit for the active ones of ``h (B, L, D)`` by themselves: ``(B, L, D)``, zeros for the others."""
-        packed, index = compress(h, active)  # (B, M, D), (B, L)
-        valid = torch.arange(packed.shape[1], device=h.device) < index.amax(1, keepdim=True)  # (B, M)
-        time = torch.arange(h.shape[1], device=h.device).expand(index.shape)
-        time = compress(time.unsqueeze(-1), active)[0].squeeze(-1)  # (B, M): where the active tokens stood
-        return extract(self._attend(packed, time, valid), index)
+        # `compress` and `extract`, but asking only once how many are active, and where: each time a GPU is waited for.
+        index = active.cumsum(1) * active  # (B, L)
+        counts = index.amax(1, keepdim=True)
+        longest = max(1, int(counts.max()))
+        source, slot = _addresses(index, longest)
+        packed = _moved(h, source, slot, longest)  # (B, M, D)
+        valid = torch.arange(longest, device=h.device) < counts  # (B, M)
+        time = torch.arange(h.shape[1], device=h.device).expand(index.shape).unsqueeze(-1)
+        time = _moved(time, source, slot, longest).squeeze(-1)  # (B, M): where the active tokens stood
+        return _moved(self._attend(packed, time, valid), slot, source, h.shape[1])
 
     def _attend(self, packed: Tensor, time: Tensor, valid: Tensor | None) -> Tensor:
         """The gated attention unit on ``(B, M, D)`` tokens that stood at ``time (B, M)``."""
