@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from longseq_tutorial.tasks import Batch, PairBatch, PairSplit, Task, TaskConfig, collate
 from longseq_tutorial.training.batches import (
     answer,
+    collate_to,
     epoch_batches,
     evaluation_batches,
     generator,
@@ -140,6 +141,13 @@ def test_a_compiler_sees_few_lengths() -> None:
         assert b.x.shape == b.mask.shape == (8, round_length(length, 23))
         assert same(a, Batch(b.x[:, :length], b.mask[:, :length], b.label))
         assert not b.mask[:, length:].any() and b.mask.dtype == torch.bool and not b.x[:, length:].any()
+
+
+def test_a_compiler_sees_pairs_of_one_length() -> None:
+    items = [((torch.ones(n, dtype=torch.long), torch.ones(m, dtype=torch.long)), 0) for n, m in ((5, 9), (3, 2))]
+    batch = collate_to(40, items)
+    assert batch.x.shape == batch.mask.shape == batch.x2.shape == batch.mask2.shape == (2, 12)
+    assert batch.mask.sum(1).tolist() == [5, 3] and batch.mask2.sum(1).tolist() == [9, 2]
 
 
 def test_answer_calls_a_model_of_sequences_and_one_of_pairs() -> None:
