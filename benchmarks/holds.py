@@ -8,6 +8,7 @@ as torch.compile makes it; the answers and the gradients are compared with those
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ class Outcome(NamedTuple):
     answers: float  # relative error of the logits
     gradients: float  # likewise of all gradients together
     seconds: float  # of the first step, compilation included
+    wrong: str = ""  # why there are no numbers
 
     @property
     def fine(self) -> bool:
@@ -85,9 +87,13 @@ def outcomes(name: str, length: int, device: torch.device, compiled: bool) -> It
             bare = build(name).to(device, torch.float64 if precision == "float64" else torch.float32)
             model = machine.compiled(bare) if compiling else bare
             started = time.perf_counter()
-            got = step(model, bare, length, device, precision == "bf16")
-            errors = [float((g - w).norm() / w.norm()) for g, w in zip(got, want, strict=True)]
-            yield Outcome(name, precision, compiling, *errors, time.perf_counter() - started)
+            errors, wrong = [math.nan, math.nan], ""
+            try:
+                got = step(model, bare, length, device, precision == "bf16")
+                errors = [float((g - w).norm() / w.norm()) for g, w in zip(got, want, strict=True)]
+            except Exception as error:  # no memory, no kernel, no compiler: the others may hold, and time there is dear
+                wrong = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            yield Outcome(name, precision, compiling, *errors, time.perf_counter() - started, wrong)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             how = one.precision + (", compiled" if one.compiled else "")
             print(
                 f"{one.model:12} {how:18} {one.answers:9.1e} {one.gradients:10.1e} {one.seconds:9.2f} s"
-                f"{'' if one.fine else '   too far'}",
+                f"{'' if one.fine else f'   {one.wrong}' if one.wrong else '   too far'}",
                 flush=True,
             )
     return 1 if failed else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -435,6 +436,25 @@ def test_a_model_that_computes_something_else_does_not_hold(
     assert holds.main(["transformer", "--length", "40"]) == 1
     assert capsys.readouterr().out.count("too far") == 3
     assert not holds.Outcome("mega", "float32", False, float("nan"), 0.0, 1.0).fine
+
+
+def test_what_breaks_does_not_keep_the_others_from_being_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = holds.step
+
+    def step(*given: Any) -> Any:
+        if given[-1]:
+            raise RuntimeError("CUDA out of memory.\nMuch more about it.")
+        return original(*given)
+
+    monkeypatch.setattr(holds, "step", step)
+    assert holds.main(["transformer", "fastrpb", "--length", "40"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("RuntimeError: CUDA out of memory. Much more about it.\n") == 2
+    assert all(
+        said.count(f"{name:12} {precision}") == 1 for name in ("transformer", "fastrpb") for precision in holds.ALLOWED
+    )
 
 
 @pytest.mark.parametrize("words", [["mambo"], ["mega", "--length", "2"]])
