@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longseq_tutorial import models
+from longseq_tutorial.mechanisms.vector_quantizer import VectorQuantizer
 from longseq_tutorial.tasks import TaskConfig
 from longseq_tutorial.training import machine, recipes
 
@@ -62,8 +63,8 @@ def build(name: str) -> nn.Module:
     off = {key: 0.0 for key in models.configure(name, TASK.name).__dict__ if "dropout" in key}
     model = models.build(name, TASK, **{**recipe.overrides, **off, "layers": 2})
     for module in model.modules():
-        if hasattr(module, "started"):
-            module.started.fill_(True)
+        if isinstance(module, VectorQuantizer):  # as after the first update of a run
+            module.set_codebook(module.codebook)
     return model
 
 
