@@ -84,6 +84,9 @@ def training_batches(
     for piece in loader:
         if augment and task.augment is not None:
             piece = task.augment(piece, generator(seed, update, len(group), rank))
+            piece = (
+                round_up(piece, task.config.length) if few_lengths else piece
+            )  # it may have become longer or shorter
         group.append(piece)
         if len(group) == accumulate:
             yield group
@@ -131,11 +134,15 @@ def round_length(length: int, longest: int) -> int:
 
 
 def collate_to(longest: int, items: Any) -> Any:
-    """`collate`, with sequences padded to a `round_length`; both sides of pairs to the same one.
+    """`collate`, then `round_up`."""
+    return round_up(collate(items), longest)
+
+
+def round_up(batch: Any, longest: int) -> Any:
+    """The batch with sequences padded to a `round_length`; both sides of pairs to the same one.
 
     (Of the batches of IMDB's pairs under one in a hundred has sides that differ. They would want six lengths more.)
     """
-    batch: Any = collate(items)
     length = round_length(max(tensor.shape[1] for tensor in batch if tensor.dim() > 1), longest)
 
     def pad(tensor: torch.Tensor) -> torch.Tensor:

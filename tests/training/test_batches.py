@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longseq_tutorial import tasks
 from longseq_tutorial.tasks import Batch, PairBatch, PairSplit, Task, TaskConfig, collate
 from longseq_tutorial.training.batches import (
     answer,
@@ -141,6 +142,15 @@ def test_a_compiler_sees_few_lengths() -> None:
         assert b.x.shape == b.mask.shape == (8, round_length(length, 23))
         assert same(a, Batch(b.x[:, :length], b.mask[:, :length], b.label))
         assert not b.mask[:, length:].any() and b.mask.dtype == torch.bool and not b.x[:, length:].any()
+
+
+def test_a_compiler_sees_few_lengths_of_augmented_clips() -> None:
+    task = tasks.load("speech", source="sample")
+    batches = training_batches(task, batch=16, seed=0, stop=20, augment=True, few_lengths=True)
+    lengths = {pieces[0].x.shape[1] for pieces in batches}
+    assert (
+        lengths <= {round_length(n, task.config.length) for n in range(1, task.config.length + 1)} and len(lengths) > 1
+    )
 
 
 def test_a_compiler_sees_pairs_of_one_length() -> None:
