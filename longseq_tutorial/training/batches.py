@@ -62,12 +62,14 @@ def training_batches(
     workers: int = 0,
     pin_memory: bool = False,
     few_lengths: bool = False,
+    device: torch.device | None = None,
 ) -> Iterator[list[Batch]]:
     """For each update from `start` to `stop - 1`, this process's share of it, in `accumulate` pieces.
 
     An update always sees `batch` sequences in all, however many processes and pieces they are spread over.
     Each process takes every `processes`-th one, so that all of them get the same mix of lengths. With `few_lengths`
-    batches are padded to one of two lengths an octave, since each new one would be compiled anew.
+    batches are padded to one of two lengths an octave, since each new one would be compiled anew. On a `device` they
+    arrive before they are augmented, which is a hundred small operations on a large batch.
     """
     order = _Pieces(task.train.lengths, batch, accumulate, bucket, seed, start, stop, rank, processes)
     loader: DataLoader[Batch] = DataLoader(
@@ -82,6 +84,7 @@ def training_batches(
     group: list[Batch] = []
     update = start
     for piece in loader:
+        piece = piece if device is None else to_device(piece, device)
         if augment and task.augment is not None:
             piece = task.augment(piece, generator(seed, update, len(group), rank))
             piece = (

@@ -127,6 +127,7 @@ def batches(run: Run, workers: int = 0) -> Any:
         workers=workers,
         pin_memory=run.device.type == "cuda",
         few_lengths=run.recipe.compile,
+        device=run.device,
     )
 
 

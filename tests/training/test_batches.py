@@ -1,5 +1,7 @@
 """The order of the data: a pure function of seed and epoch, complete, shared out evenly, and resumable anywhere."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,13 @@ def test_a_compiler_sees_few_lengths_of_augmented_clips() -> None:
     assert (
         lengths <= {round_length(n, task.config.length) for n in range(1, task.config.length + 1)} and len(lengths) > 1
     )
+
+
+def test_batches_are_augmented_where_they_are_used() -> None:
+    seen: list[torch.device] = []
+    task = dataclasses.replace(tiny.task(), augment=lambda batch, _: seen.append(batch.x.device) or batch)
+    list(training_batches(task, batch=8, seed=0, stop=2, augment=True, device=torch.device("meta")))
+    assert [device.type for device in seen] == ["meta", "meta"]
 
 
 def test_a_compiler_sees_pairs_of_one_length() -> None:
