@@ -58,7 +58,7 @@ class Arguments:
         tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")
     ] = ()  # e.g. lr=0.01 model.dim=32 data.train=1000
     threads: int = 0  # CPU threads; 0 leaves it to torch
-    workers: int = 0  # processes that prepare batches; worth it on a fast GPU
+    workers: int = 0  # processes that prepare batches; 4 or so keep a fast GPU fed
     cpu: bool = False  # leave a GPU alone
     list: bool = False  # show all recipes and stop
 

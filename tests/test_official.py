@@ -17,10 +17,10 @@ SEQBOATS = [name for name in golden.names("seqboat_layer") if name != LEAKING]
 
 
 def close(got, want, tolerance=1e-9, what=""):
-    np.testing.assert_allclose(got.detach().numpy(), want, rtol=0, atol=tolerance, err_msg=what)
+    np.testing.assert_allclose(got.detach().cpu().numpy(), want, rtol=0, atol=tolerance, err_msg=what)
 
 
-def layer(name, arrays):
+def layer(name, arrays, device="cpu"):
     if name.startswith("seqboat"):
         module = official.seqboat_layer(golden.state_dict(arrays), **golden.seqboat_options(name))
     else:
@@ -28,25 +28,26 @@ def layer(name, arrays):
         module = make(golden.state_dict(arrays), **golden.layer_options(name))
     assert not module.training
     module.train(bool(arrays.get("train_mode", False)))
-    mask = None if "padding_mask" not in arrays else ~torch.from_numpy(arrays["padding_mask"])
-    return module, golden.batch_first(arrays["x"]), mask
+    mask = None if "padding_mask" not in arrays else ~torch.from_numpy(arrays["padding_mask"]).to(device)
+    return module.to(device), golden.batch_first(arrays["x"]).to(device), mask
 
 
+@pytest.mark.parametrize("device", golden.DEVICES)
 @pytest.mark.parametrize("name", LAYERS + BLOCKS + SEQBOATS)
-def test_outputs_and_every_gradient(name):
-    compare(name)
+def test_outputs_and_every_gradient(name, device):
+    compare(name, device)
 
 
-def compare(name):
+def compare(name, device="cpu"):
     arrays, tolerance = golden.load(name), golden.tolerance(name)
-    module, x, mask = layer(name, arrays)
+    module, x, mask = layer(name, arrays, device)
     x.requires_grad_()
     y = module(x, mask=mask)
     close(y.transpose(0, 1), arrays["out"], tolerance)
     if "cotangent" not in arrays:
         assert name in BLOCKS  # the files of whole blocks hold outputs only
         return
-    (y * golden.batch_first(arrays["cotangent"])).sum().backward()
+    (y * golden.batch_first(arrays["cotangent"]).to(device)).sum().backward()
     close(x.grad.transpose(0, 1), arrays["grad_x"], tolerance, "input")
     gradients = official.authors_names(module, gradients=True)
     wanted = {k.removeprefix("grad."): v for k, v in arrays.items() if k.startswith("grad.")}
@@ -111,11 +112,12 @@ def tokens(arrays, which=""):
     return x, torch.arange(x.shape[1]) < torch.from_numpy(arrays[f"lengths{which}"])[:, None]
 
 
+@pytest.mark.parametrize("device", golden.DEVICES)
 @pytest.mark.parametrize("name", [n for n in MODELS if "text" in n])
-def test_whole_text_classifier(name):
+def test_whole_text_classifier(name, device):
     model, arrays = build_model(name)
-    x, mask = tokens(arrays)
-    with record(model) as tape:
+    x, mask = (tensor.to(device) for tensor in tokens(arrays))
+    with record(model.to(device)) as tape:
         logits = model(x, mask=mask)
     close(logits, arrays["logits"])
     close(tape["pooled"], arrays["sentence_rep"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .devices import at_once, in_pieces
+from .devices import at_once, in_pieces, uncompiled
 
 __all__ = [
     "FUNCTIONS",
@@ -40,6 +40,7 @@ LAPLACE_STD = 0.282095
 
 FUNCTIONS = ("softmax", "laplace", "relu2")
 TILE = 2**18  # scores worked on at once on a CPU: 1 MiB in float32, half of a common second-level cache
+FEW = 8  # tiles that a compiler may write out
 ROWS = 256  # but at least so many queries: thinner matrix products are slow
 STRETCH = 512  # positions whose gates are worked on at once
 BiasRows = Callable[[int, int], Tensor]  # the rows first .. last-1 of a bias, (last - first, L)
@@ -258,9 +259,14 @@ def attend_in_tiles(
         return _weights(q[..., first:last, :], k[..., :keys, :], function, some, real, past) @ v[..., :keys, :]
 
     bounds = [(first, min(first + rows, length)) for first in range(0, length, rows)]
-    if not torch.is_grad_enabled():
-        return torch.cat([tile(*b) for b in bounds], dim=-2)
-    return torch.cat([checkpoint(tile, *b, use_reentrant=False, preserve_rng_state=False) for b in bounds], dim=-2)
+
+    def tiles() -> Tensor:
+        if not torch.is_grad_enabled():
+            return torch.cat([tile(*b) for b in bounds], dim=-2)
+        return torch.cat([checkpoint(tile, *b, use_reentrant=False, preserve_rng_state=False) for b in bounds], dim=-2)
+
+    # A compiler writes the work of every tile anew. Where there are many that takes minutes, and gains nothing.
+    return (uncompiled(tiles) if len(bounds) > FEW else tiles)()
 
 
 # ---- tiles with a written backward pass ------------------------------------------------------------------------

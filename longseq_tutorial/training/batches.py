@@ -87,9 +87,8 @@ def training_batches(
         piece = piece if device is None else to_device(piece, device)
         if augment and task.augment is not None:
             piece = task.augment(piece, generator(seed, update, len(group), rank))
-            piece = (
-                round_up(piece, task.config.length) if few_lengths else piece
-            )  # it may have become longer or shorter
+            if few_lengths:  # it may have become longer or shorter
+                piece = round_up(piece, task.config.length)
         group.append(piece)
         if len(group) == accumulate:
             yield group
