@@ -17,7 +17,6 @@ import re
 import tempfile
 import wave
 import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .base import DataError, DataNotFound, read_folders, write_folder
-from .packs import read_npz, write_npz
+from .packs import FAULTS, read_npz, write_npz
 
 COMMIT = "26eb9aaf76e81b692f806f9140c2d2777410d7a1"  # of 2024-05-02
 PAGE = "https://github.com/Jakobovski/free-spoken-digit-dataset"
@@ -94,7 +93,11 @@ def fetch(root: str | Path | None = None) -> Recordings:
         raise DataNotFound(f"downloading needs pooch: run `pip install pooch`. {_advice(root)}") from None
     folder = write_folder(root)
     pooch.get_logger().setLevel("WARNING")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".fsdd-") as scratch:
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".fsdd-")
+    except OSError as error:
+        raise DataError(f"cannot write into {folder} ({error.strerror}); pass another root.") from error
+    with temporary as scratch:
         downloader = pooch.HTTPDownloader(progressbar=True, timeout=20)
         try:
             archive = pooch.retrieve(ARCHIVE, known_hash=None, path=scratch, downloader=downloader)
@@ -165,7 +168,9 @@ def read_zip(path: Path) -> Recordings:
                 (info.filename.rsplit("/", 1)[-1], decode_wav(archive.read(info), f"{path}: {info.filename}"))
                 for info in members
             )
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+    except DataError:
+        raise
+    except FAULTS as error:
         raise DataError(f"{path} is not a whole zip archive ({error}). Download it again.") from error
 
 
@@ -214,8 +219,14 @@ def _gather(clips: Iterable[tuple[str, np.ndarray]]) -> Recordings:
             pieces.append(clip)
     if not pieces:
         raise DataError("found no recording named like 7_theo_12.wav (digit, speaker, take).")
-    digits, names, takes = zip(*fields, strict=True)
+    keys = [(int(digit), name, int(take)) for digit, name, take in fields]
+    if len(set(keys)) < len(keys):
+        digit, name, take = next(key for key in keys if keys.count(key) > 1)
+        raise DataError(f"there are two recordings {digit}_{name}_{take}.wav; keep one of them.")
+    digits, names, takes = zip(*keys, strict=True)
     speakers, speaker = np.unique(np.array(names), return_inverse=True)
+    if len(speakers) > 256:
+        raise DataError(f"wanted at most 256 speakers; got {len(speakers)}.")
     return Recordings(
         audio=np.concatenate(pieces),
         offsets=np.cumsum([0] + [len(piece) for piece in pieces], dtype=np.int64),

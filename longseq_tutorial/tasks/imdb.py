@@ -102,13 +102,11 @@ def read_pack(path: Path) -> Reviews:
     """Reviews from a pack. Raises `DataError` where the file or its arrays are not right."""
     reviews = Reviews(**read_npz(path, _FORM, _MEND))
     count = len(reviews)
+    if {len(getattr(reviews, name)) for name in _FORM if name not in ("text", "offsets")} != {count}:
+        raise DataError(f"{path}: its arrays disagree on the number of reviews. {_MEND}")
     faults = {
         "there are no reviews": count == 0,
-        "its arrays disagree on the number of reviews": {
-            len(getattr(reviews, name)) for name in _FORM if name != "text"
-        }
-        != {count, count + 1}
-        or len(reviews.offsets) != count + 1,
+        "its arrays disagree on the number of reviews": len(reviews.offsets) != count + 1,
         "offsets do not rise from 0 to the end of the text": len(reviews.offsets) == 0
         or reviews.offsets[0] != 0
         or reviews.offsets[-1] != len(reviews.text)
@@ -117,7 +115,9 @@ def read_pack(path: Path) -> Reviews:
             (reviews.label > 1).any() or (reviews.split > 1).any()
         ),
         "a review is labelled against its stars": bool(
-            ((reviews.rating >= 7) != (reviews.label == 1)).any() or np.isin(reviews.rating, (0, 5, 6)).any()
+            ((reviews.rating >= 7) != (reviews.label == 1)).any()
+            or np.isin(reviews.rating, (0, 5, 6)).any()
+            or (reviews.rating > 10).any()
         ),
     }
     for fault, there in faults.items():

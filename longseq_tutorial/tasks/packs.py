@@ -10,6 +10,7 @@ import bz2
 import io
 import lzma
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -22,9 +23,9 @@ from .base import DataError
 Form = Mapping[str, tuple[str, int]]  # what each array must be: name -> (dtype or kind of dtype, dimensions)
 
 # np.load speaks through many exceptions when a file is not what it seems; all mean the same here.
-_FAULTS = (
-    OSError, EOFError, ValueError, KeyError, SyntaxError, RuntimeError, MemoryError,
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+FAULTS = (
+    OSError, EOFError, ValueError, KeyError, SyntaxError, RuntimeError, MemoryError, OverflowError,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError,
 )  # fmt: skip
 _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".bz2": bz2.decompress}
 
@@ -52,11 +53,13 @@ def read_npz(path: Path, form: Form, mend: str) -> dict[str, np.ndarray]:
         raise
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. {mend}") from None
-    except _FAULTS as error:
+    except FAULTS as error:
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise DataError(f"{path} is damaged or not a NumPy archive ({why}). {mend}") from error
     for name, (dtype, dimensions) in form.items():
         array = arrays[name]
+        if not isinstance(array, np.ndarray):  # of a member that is none, NumPy gives the bytes
+            raise DataError(f"{path}: {name} must be an array; got a file of another kind. {mend}")
         right = array.dtype.kind == dtype if len(dtype) == 1 else array.dtype == np.dtype(dtype)
         if not right or array.ndim != dimensions:
             raise DataError(

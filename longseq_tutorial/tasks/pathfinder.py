@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from . import contours
 from .base import REPOSITORY_DATA, DataError, DataNotFound, Split, Task, TaskConfig, read_folders, write_folder
 from .contours import SHAPES, Pictures, Shape
-from .packs import read_npz, write_npz
+from .packs import FAULTS, read_npz, write_npz
 
 __all__ = ["SHAPES", "Pictures", "Shape", "load", "make", "read_official", "sample"]
 
@@ -381,8 +381,9 @@ def _lines(content: bytes, path: Path) -> list[str]:
     if content.startswith(b"\x93NUMPY"):
         try:
             rows = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise DataError(f"{path} is damaged or holds Python objects ({error}). Unpack it again.") from error
+        except FAULTS as error:
+            why = " ".join(str(error).split())[:120]
+            raise DataError(f"{path} is damaged or holds Python objects ({why}). Unpack it again.") from error
         if rows.ndim != 2 or rows.dtype.kind != "U":
             raise DataError(f"{path} must hold a table of text; got {rows.dtype} {rows.shape}. Unpack it again.")
         return [" ".join(row) for row in rows]

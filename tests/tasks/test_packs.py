@@ -4,6 +4,7 @@ import bz2
 import io
 import lzma
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -122,3 +123,26 @@ def test_any_damage_is_a_data_error_or_harmless(tmp_path, save):
         except DataError:
             refused += 1
     assert refused > 250
+
+
+def header(text: str) -> bytes:
+    """The beginning of an array in NumPy's form, with any header."""
+    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
+
+
+FOREIGN_MEMBERS = {
+    "no array": b"hello",
+    "more numbers than can be counted": header(f"{{'descr': '<i2', 'fortran_order': False, 'shape': ({10**30},)}}"),
+    "open bracket": header("{'descr': '<i2', 'shape': ("),
+    "open quotes": header("'''"),
+}
+
+
+@pytest.mark.parametrize("fault", FOREIGN_MEMBERS)
+def test_members_that_are_no_arrays_are_one_clear_line(tmp_path, fault):
+    path = tmp_path / "p.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("audio.npy", FOREIGN_MEMBERS[fault])
+    with pytest.raises(DataError, match=r"p\.npz") as caught:
+        read_npz(path, {"audio": ("int16", 1)}, "Fetch it again.")
+    assert str(caught.value).endswith("Fetch it again.") and "\n" not in str(caught.value)

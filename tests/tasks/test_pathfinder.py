@@ -221,6 +221,7 @@ BROKEN = {
         (lambda b: (np.save(b, np.zeros((2, 11))), b.getvalue())[1])(io.BytesIO()),
         "must hold a table of text",
     ),
+    "broken array": ("metadata/9.npy", b"\x93NUMPY\x01\x00\x10\x00{'shape': (     \n", "9.npy is damaged"),
     "no picture": ("metadata/9.npy", LINE.replace("sample_0", "sample_77").encode(), "cannot read .*sample_77.png"),
     "cut picture": ("imgs/9/sample_2.png", png(NOISE)[:-400], "sample_2.png is not a whole PNG"),
     "end cut off": ("imgs/9/sample_2.png", png(NOISE)[:-13], "sample_2.png is not a whole PNG"),

@@ -3,6 +3,7 @@
 import io
 import lzma
 import shutil
+import tempfile
 import wave
 import zipfile
 from pathlib import Path
@@ -359,6 +360,27 @@ def test_broken_wavs_name_the_file(tmp_path, fault):
     assert "3_ann_7.wav" in str(caught.value)
 
 
+def test_recordings_that_are_there_twice_and_too_many_speakers(tmp_path):
+    for name in ("3_ann_7.wav", "3_ann_07.wav"):
+        (tmp_path / name).write_bytes(wav(CLIP))
+    with pytest.raises(DataError, match=r"two recordings 3_ann_7\.wav"):
+        fsdd.find(tmp_path, verify=False)
+    (tmp_path / "many").mkdir()
+    for i in range(257):  # a speaker's number is kept in one byte
+        (tmp_path / "many" / f"3_{chr(97 + i // 26)}{chr(97 + i % 26)}_7.wav").write_bytes(wav(CLIP[:4]))
+    with pytest.raises(DataError, match="wanted at most 256 speakers; got 257"):
+        fsdd.find(tmp_path / "many", verify=False)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path, monkeypatch):
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(DataError, match=r"cannot write into .*Read-only file system"):
+        fsdd.fetch(tmp_path)
+
+
 def test_broken_archives(tmp_path, small):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -371,6 +393,16 @@ def test_broken_archives(tmp_path, small):
     damaged[60] ^= 255
     path.write_bytes(bytes(damaged))
     with pytest.raises(DataError):
+        fsdd.read_zip(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x/recordings/1_ann_0.wav", wav(CLIP) * 50)
+    path.write_bytes(path.read_bytes()[:75] + bytes(8) + path.read_bytes()[83:])
+    with pytest.raises(DataError, match="not a whole zip"):
+        fsdd.read_zip(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/1_ann_é.wav", b"x")
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xff"))
+    with pytest.raises(DataError, match="not a whole zip"):
         fsdd.read_zip(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("README.md", "no recordings")

@@ -233,6 +233,8 @@ BROKEN_PACKS = {
     "label": ({"label": np.full(24, 2, np.uint8)}, "neither 0 nor 1"),
     "against the stars": ({"rating": np.full(24, 9, np.uint8)}, "labelled against its stars"),
     "too few": ({"movie_id": np.zeros(3, np.int32)}, "disagree on the number"),
+    "too few labels": ({"label": np.zeros(3, np.uint8)}, "disagree on the number"),
+    "eleven stars": ({"rating": np.full(24, 11, np.uint8), "label": np.ones(24, np.uint8)}, "against its stars"),
     "offsets": ({"offsets": np.arange(25)}, "offsets do not rise"),
     "floats": ({"text": np.zeros(9)}, "text must be uint8"),
 }
