@@ -82,30 +82,37 @@ def fetch(root: str | Path | None = None) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Write the three files of pairs, under their own names, into `folder`. Nothing else is unpacked."""
+    """Write the three files of pairs, under their own names, into `folder`. Nothing else is unpacked.
+
+    They get their names only when all three are whole, so that where one is found, nothing is missing.
+    """
     mend = "Delete it, and it is downloaded again."
+    whole: dict[Path, Path] = {}  # each file, and its name until all are there
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, file, size in tar_members(
             archive, lambda name: bool(_MEMBER.fullmatch(name)), _LARGEST_FILE, mend, "unpacking pairs"
         ):
             target = folder / name.rsplit("/", 1)[-1]
-            temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            try:
-                with open(temporary, "wb") as out:
-                    shutil.copyfileobj(file, out, 2**20)
-                if temporary.stat().st_size != size:
-                    raise DataError(f"{archive}: {name} is cut off. {mend}")
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            if target in whole:
+                raise DataError(f"{archive}: {target.name} stands in it twice. {mend}")
+            temporary = whole[target] = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+            with open(temporary, "wb") as out:
+                shutil.copyfileobj(file, out, 2**20)
+            if temporary.stat().st_size != size:
+                raise DataError(f"{archive}: {name} is cut off. {mend}")
+        missing = [name for name in FILES.values() if folder / name not in whole]
+        if missing:
+            raise DataError(f"{archive} lacks {', '.join(missing)}. {mend}")
+        for target, temporary in whole.items():
+            os.replace(temporary, target)
     except OSError as error:
         raise DataError(
             f"cannot write into {folder} ({error.strerror}); free the disk or pass another root."
         ) from error
-    missing = [name for name in FILES.values() if not (folder / name).exists()]
-    if missing:
-        raise DataError(f"{archive} lacks {', '.join(missing)}. {mend}")
+    finally:
+        for temporary in whole.values():
+            temporary.unlink(missing_ok=True)
 
 
 def read_official(folder: Path, length: int, undo: bool = False, verify: bool = True) -> Papers:
@@ -119,7 +126,8 @@ def read_official(folder: Path, length: int, undo: bool = False, verify: bool = 
     key = json.dumps([str(folder.resolve()), stats, length, undo])
     kept = write_folder(None) / f"aan_pairs_{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
     if kept.exists():
-        papers = Papers(**read_npz(kept, _FORM, "Delete it, and it is made again."))
+        mend = "Delete it, and it is made again."
+        papers = _checked(Papers(**read_npz(kept, _FORM, mend)), kept, mend)
     else:
         papers = _read_files(folder, length, undo)
         with contextlib.suppress(DataError):  # a folder that cannot be written only costs the minutes again
@@ -194,14 +202,23 @@ def read_mini(root: str | Path | None) -> Papers:
     path = next((folder / MINI for folder in folders if (folder / MINI).exists()), None)
     if path is None:
         raise DataNotFound(f"found no {MINI} in {' or '.join(map(str, folders))}; use source='imdb-pairs' or 'sample'.")
-    papers = Papers(**read_npz(path, _MINI_FORM, _MEND))
-    count, offsets = len(papers.label), papers.offsets
+    return _checked(Papers(**read_npz(path, _MINI_FORM, _MEND)), path, _MEND)
+
+
+def _checked(papers: Papers, where: Path, mend: str) -> Papers:
+    """Refuse arrays that do not fit each other."""
+    count, offsets, pairs = len(papers.label), papers.offsets, papers.pairs
     if (
-        not len(papers.pairs) == count == len(papers.split) > 0
-        or papers.pairs.shape[1] != 2
+        not len(pairs) == count == len(papers.split) > 0
+        or pairs.shape[1] != 2
+        or len(offsets) < 2
+        or offsets[0] != 0
         or offsets[-1] != len(papers.text)
+        or (np.diff(offsets) < 1).any()
+        or pairs.min() < 0
+        or pairs.max() >= len(offsets) - 1
         or papers.label.max() > 1
-        or papers.split.max() > 2
+        or np.unique(papers.split).tolist() != [0, 1, 2]
     ):
-        raise DataError(f"{path}: its arrays do not fit each other. {_MEND}")
+        raise DataError(f"{where}: its arrays do not fit each other. {mend}")
     return papers

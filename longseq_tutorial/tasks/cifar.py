@@ -131,8 +131,10 @@ def read_archive(path: Path, verify: bool = True) -> Photographs:
     for name, file, size in tar_members(
         path, lambda name: bool(_NAME.fullmatch(name)), PICTURES * RECORD, mend, "reading photographs"
     ):
-        where = f"{path}: {name}"
-        batches[name.rsplit("/", 1)[-1]] = decode(whole(file, size, where, mend), where, mend, verify)
+        where, batch = f"{path}: {name}", name.rsplit("/", 1)[-1]
+        if batch in batches:
+            raise DataError(f"{path}: {batch} stands in it twice. {mend}")
+        batches[batch] = decode(whole(file, size, where, mend), where, mend, verify)
     missing = [name for name in BATCHES if name not in batches]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; is it the binary version? {mend}")
@@ -213,7 +215,7 @@ def _whole(photographs: Photographs, where: Path, verify: bool) -> Photographs:
     grey, label, split = photographs.grey, photographs.label, photographs.split
     counts = np.bincount(split, minlength=2).tolist()
     wanted = [(len(BATCHES) - 1) * PICTURES, PICTURES] if verify else counts
-    right = len(grey) == len(label) == len(split) > 0 and grey.shape[1] == SIZE**2 and len(counts) == 2
+    right = len(grey) == len(label) == len(split) > 0 and grey.shape[1] == SIZE**2 and len(counts) == 2 and all(counts)
     if not right or counts != wanted or label.max() > 9:
         raise DataError(
             f"{where} does not hold {wanted[0]:,} training and {wanted[1]:,} test pictures of ten classes; got "

@@ -23,7 +23,8 @@ from .base import DataError, DataNotFound
 
 BLOCK = 2**20  # bytes read from the disk at a time ...
 PIECE = 2**15  # ... and from the network: an incomplete piece is lost when the connection ends
-_FAULTS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError)
+TERABYTE = 2**40  # no member of an archive is larger, whatever it says of itself
+_FAULTS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, OverflowError, RecursionError)
 
 
 def download(url: str, known_hash: str | None, folder: Path, advice: str) -> Path:
@@ -106,14 +107,15 @@ def tar_members(
     """Name, open file and size of each member of a tar archive (compressed or not) that is `wanted`, in its order.
 
     largest: no member may be larger. mend: what to do about a broken archive; it ends every message.
-    Raises `DataError` for an archive that is cut off, damaged or foreign, and for members that are links or whose
-    paths lead out of it.
+    Raises `DataError` for an archive that is cut off, damaged or foreign, and for members that are links, that are
+    there twice, or whose paths lead out of it.
     """
 
     def explain(error: Exception) -> DataError:
         why = " ".join(str(error).split())[:100] or type(error).__name__
         return DataError(f"{path} is not a whole tar archive ({why}). {mend}")
 
+    seen: set[str] = set()
     try:
         bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=desc, leave=False, delay=2)
         with (
@@ -127,8 +129,13 @@ def tar_members(
                 name = member.name.removeprefix("./")
                 if member.name.startswith(("/", "\\")) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
                     raise DataError(f"{path}: the member {name[:80]!r} leads out of the archive. {mend}")
+                if not 0 <= member.size <= TERABYTE:  # to pass it over would take for ever
+                    raise DataError(f"{path}: {name[:80]} says that it has {member.size:,} bytes. {mend}")
                 if not wanted(name):
                     continue
+                if name in seen:
+                    raise DataError(f"{path}: {name} stands in it twice. {mend}")
+                seen.add(name)
                 if not member.isreg():
                     raise DataError(f"{path}: {name} is not a plain file. {mend}")
                 if member.size > largest:

@@ -159,6 +159,8 @@ def _gather(files: Iterable[tuple[str, bytes]], where: str) -> Reviews:
     for name, content in files:
         if match := _URLS.fullmatch(name):
             key = (int(match[1] == "test"), int(match[2] == "pos"))
+            if key in films:
+                raise DataError(f"{where}: there are two lists {match[1]}/urls_{match[2]}.txt. {_MEND}")
             found = [_FILM.search(line) for line in content.splitlines()]
             if not all(found):
                 row = next(i for i, film in enumerate(found, start=1) if not film)

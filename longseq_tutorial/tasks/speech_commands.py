@@ -176,6 +176,7 @@ def _from_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
 def _make(files: _Files, own: Path, where: Path, verify: bool) -> Archive:
     """Write the clips and the index of them into `own`, the index last: where it is, the clips are whole."""
     names: list[str] = []
+    seen: set[str] = set()
     lengths: list[int] = []
     levels: list[np.ndarray] = []
     lists: dict[str, set[str]] = {}
@@ -187,6 +188,9 @@ def _make(files: _Files, own: Path, where: Path, verify: bool) -> Archive:
             elif (match := _NAME.fullmatch(name)) and match[1] in WORDS35:
                 samples = decode_wav(content, f"{where}: {name}", RATE)
                 names.append(f"{match[1]}/{match[2]}")
+                if names[-1] in seen:
+                    raise DataError(f"{where}: there are two clips {names[-1]}. {_MEND}")
+                seen.add(names[-1])
                 lengths.append(len(samples))
                 clip = one_second(samples, RATE)
                 levels.append(measure(clip[None])[0])

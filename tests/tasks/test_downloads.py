@@ -102,6 +102,16 @@ def test_wanted_members_are_read(tmp_path, mode):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]  # nothing was unpacked
 
 
+def extended(record: bytes) -> bytes:
+    """A header that alters the next one."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(record)
+    return info.tobuf() + record.ljust(512, b"\0")
+
+
+_long = tarfile.TarInfo("././@LongLink")
+_long.type, _long.size = tarfile.GNUTYPE_LONGNAME, 2
+LONG_NAME = _long.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")
 GOOD = tar(*((f"x/{i}.txt", np.random.default_rng(i).bytes(900)) for i in range(9)))
 HARM = {
     "absolute": (tar(("/etc/1.txt", b"x")), "leads out of the archive"),
@@ -109,6 +119,12 @@ HARM = {
     "upwards, not wanted": (tar(("../1.bin", b"x"), ("1.txt", b"x")), "leads out of the archive"),
     "link": (tar(("x/1.txt", "/etc/passwd")), "x/1.txt is not a plain file"),
     "huge": (tar(("x/1.txt", bytes(1_001))), "has 1,001 bytes; wanted at most 1,000"),
+    "twice": (tar(("x/1.txt", b"x"), ("x/1.txt", b"y")), "x/1.txt stands in it twice"),
+    "larger than any disk": (
+        extended(b"30 size=99999999999999999999\n") + tar(("1.bin", b"x"), mode="w"),
+        "1.bin says",
+    ),
+    "names without end": (LONG_NAME * 3_000, "not a whole tar archive"),
     "empty": (b"", "not a whole tar archive"),
     "text": (b"hello, I am no archive", "not a whole tar archive"),
     "gzip of text": (gzip.compress(b"hello"), "not a whole tar archive"),

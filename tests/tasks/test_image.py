@@ -205,6 +205,7 @@ def test_other_archives(tmp_path):
         (pickled, "is it the binary version"),
         (archive(batches())[:50_000], "not a whole tar archive"),
         (archive({"../x.bin": b"x"}), "leads out of the archive"),
+        (archive(batches() | {"cifar-10-batches-bin/test_batch.bin": batch(1)}, top=""), "stands in it twice"),
     ):
         path.write_bytes(raw)
         with pytest.raises(DataError, match=says):

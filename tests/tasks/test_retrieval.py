@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longseq_tutorial import tasks
+from longseq_tutorial.data import main
 from longseq_tutorial.tasks import DataError, PairBatch, PairSplit, aan, collate, imdb
 from longseq_tutorial.tasks.base import REPOSITORY_DATA, DataNotFound, Split
 from longseq_tutorial.tasks.packs import write_npz
@@ -230,12 +231,29 @@ def test_broken_and_harmful_archives(tmp_path):
         (lra(TSV)[:-40], "not a whole tar archive"),
         (lra({f"../{name}": data for name, data in TSV.items()}), "leads out of the archive"),
         (b"", "not a whole tar archive"),
+        (lra(TSV | {f"again/{name}": data for name, data in TSV.items()}), "stands in it twice"),
     ):
         path.write_bytes(raw)
         with pytest.raises(DataError, match=says):
             aan.unpack(path, tmp_path / "out" / "tsv_data")
-        for left in tmp_path.rglob("*.tmp"):
-            pytest.fail(f"left behind: {left}")
+        assert not list((tmp_path / "out").rglob("*.tsv*"))
+
+
+def test_an_archive_that_ends_early_leaves_no_half_set_behind(tmp_path, monkeypatch):
+    """Where one of the three files is found, `get` takes the set for whole; so none may stand alone."""
+    names, noise = list(TSV), np.random.default_rng(0).bytes(50_000)
+    whole = lra({names[0]: ROWS.encode(), "noise": noise, names[1]: ROWS.encode(), names[2]: ROWS.encode()})
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "lra_release.gz").write_bytes(whole)
+    root = tmp_path / "r"
+    root.mkdir()
+    (root / "lra_release.gz").write_bytes(whole[:-300])
+    line = ["get", "retrieval", "verify=False", "--root", str(root)]
+    with served(tmp_path / "web") as server:
+        monkeypatch.setattr(aan, "ARCHIVE", f"{server.url}/lra_release.gz")
+        assert main(line) == 2 and not list(root.rglob("*.tsv"))
+        (root / "lra_release.gz").unlink()  # as the message says
+        assert main(line) == 0
 
 
 # The small set.
@@ -253,9 +271,16 @@ def test_mini_is_named_for_what_it_is(tmp_path):
     task = tasks.load("retrieval", root=tmp_path, source="aan-mini")
     assert said(task.test) == [("three", "one", 1)]
     assert "a stand-in for the Long Range Arena's pairs" in task.config.source
-    write_npz(tmp_path / aan.MINI, arrays | {"label": np.array([1, 0, 2], np.uint8)})
-    with pytest.raises(DataError, match=r"aan_mini.npz.xz: its arrays do not fit"):
-        tasks.load("retrieval", root=tmp_path, source="aan-mini")
+    for change in (
+        {"label": np.array([1, 0, 2], np.uint8)},
+        {"offsets": np.zeros(0, np.int64)},
+        {"offsets": np.array([1, 3, 6, 11])},
+        {"pairs": np.array([[0, 1], [1, 3], [2, 0]], np.int16)},
+        {"split": np.array([1, 1, 2], np.uint8)},
+    ):
+        write_npz(tmp_path / aan.MINI, arrays | change)
+        with pytest.raises(DataError, match=r"aan_mini.npz.xz: its arrays do not fit"):
+            tasks.load("retrieval", root=tmp_path, source="aan-mini")
     with pytest.raises(DataNotFound, match="found no aan_mini"):
         tasks.load("retrieval", source="aan-mini")
 

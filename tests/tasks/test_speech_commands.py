@@ -241,6 +241,16 @@ def test_harmful_and_cut_archives(tmp_path):
     assert [entry.name for entry in root.iterdir()] == [path.name]
 
 
+def test_a_clip_that_is_there_twice_is_refused(tmp_path):
+    content = files()
+    name = "yes/00000003_nohash_1.wav"
+    for top in ("", "speech_commands_v0.02/"):
+        content[top + name] = wav(seed=7)
+    root = put(content, tmp_path / "a")
+    with pytest.raises(DataError, match=f"two clips {name}"):
+        tasks.load("speech", root=root, **SC10)
+
+
 def test_the_rule_keeps_a_speaker_in_one_part():
     parts = [hash_part(f"{i:08x}_nohash_{k}.wav") for i in range(2_000) for k in (0, 3)]
     assert parts[::2] == parts[1::2]

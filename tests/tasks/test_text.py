@@ -221,6 +221,13 @@ def test_broken_archives_and_folders(tmp_path, fault):
         assert "\n" not in str(caught.value)
 
 
+def test_a_list_of_films_that_is_there_twice_is_refused(tmp_path):
+    films = files()["aclImdb/train/urls_pos.txt"]
+    (tmp_path / "aclImdb_v1.tar.gz").write_bytes(archive({**files(), "train/urls_pos.txt": films}))
+    with pytest.raises(DataError, match=r"two lists train/urls_pos\.txt"):
+        tasks.load("text", root=tmp_path, **OPTIONS)
+
+
 def test_harmful_archive(tmp_path):
     content = {**files(), "../../train/pos/77_9.txt": b"escaped"}
     (tmp_path / "aclImdb_v1.tar.gz").write_bytes(archive(content))
