@@ -51,6 +51,7 @@ _FORM = {
     "images": ("uint8", 2), "labels": ("uint8", 1), "paths": ("uint8", 4), "dots": ("uint8", 3),
     "margins": ("uint8", 1),
 }  # fmt: skip
+_EMPTY = 1_000  # official pictures of which at most one may be an empty file; the archive has one in 600,000
 _PNG_LIMIT = 1_000_000  # bytes of an official picture; real ones have under 10 kB
 
 
@@ -103,6 +104,8 @@ def load(
     if source == "official":
         images, labels, left_out = read_official(root, size, paddles, count, progress)
         sizes["train"] -= count - len(labels)  # the archive has an empty file among its easy pictures
+        if sizes["train"] < 1:
+            raise DataError(f"no pictures are left to train on: {left_out} are empty. Ask for more with train=.")
         described = f"{said}, the official Long Range Arena files ({DIFFICULTIES[paddles]})"
         described += f", {left_out} empty pictures left out" if left_out else ""
     elif source == "sample":
@@ -316,7 +319,8 @@ def read_official(
     """
     home = _official_home(root, size, DIFFICULTIES[paddles])
     images, labels, left_out = np.empty((count, size**2), np.uint8), np.empty(count, np.uint8), 0
-    done = 0
+    done, most = 0, max(1, count // _EMPTY)
+    seen: set[Path] = set()
     with tqdm(
         total=count, unit="picture", desc=f"reading {home.parent.name}", leave=False, disable=not progress
     ) as bar:
@@ -327,8 +331,16 @@ def read_official(
                 content = path.read_bytes() if path.stat().st_size <= _PNG_LIMIT else b"x"
             except OSError as error:
                 raise DataError(f"cannot read {path} ({error.strerror}). Unpack the archive again.") from error
+            if path in seen:
+                raise DataError(f"{home / 'metadata'} names {path.parent.name}/{path.name} twice. Unpack it again.")
+            seen.add(path)
             if not content:  # the archive holds one such file
                 left_out += 1
+                if left_out > most:
+                    raise DataError(
+                        f"{home} has {left_out} empty pictures among the first {done + left_out:,}, such as {path}; "
+                        f"wanted at most {most}. Unpack the archive again."
+                    )
                 continue
             images[done], labels[done] = decode_png(content, size, str(path)), label
             done += 1
@@ -394,6 +406,9 @@ def _lines(content: bytes, path: Path) -> list[str]:
     return lines
 
 
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of Pillow; it cuts 16 bits off above 255
+
+
 def decode_png(content: bytes, size: int, where: str) -> np.ndarray:
     """The grey pixels of a PNG of size x size, row by row. Raises `DataError` naming `where` otherwise."""
     try:
@@ -404,9 +419,9 @@ def decode_png(content: bytes, size: int, where: str) -> np.ndarray:
         raise DataError(f"{where} is not a whole PNG picture (its end is missing). Unpack the archive again.")
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-            got = picture.size
-            if got == (size, size):  # nothing of another size is ever decoded
+            got, kind = picture.size, picture.mode
+            if got == (size, size) and kind in _MODES:  # nothing of another size is ever decoded
                 return np.asarray(picture.convert("L"), np.uint8).reshape(-1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is not a whole PNG picture ({error}). Unpack the archive again.") from error
-    raise DataError(f"{where}: wanted {size} x {size} pixels; got {got[0]} x {got[1]}.")
+    raise DataError(f"{where}: wanted {size} x {size} pixels of 8 bits; got {got[0]} x {got[1]}, mode {kind}.")

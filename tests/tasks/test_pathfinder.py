@@ -202,6 +202,17 @@ def test_an_empty_picture_is_passed_over_and_counted(tmp_path):
     assert len(task.train) == 7 and "1 empty pictures left out" in task.config.source
 
 
+def test_more_than_one_empty_picture_is_a_broken_copy(tmp_path):
+    """Left out in silence, they would leave nothing to train on, and let two parts share a picture."""
+    home = official(tmp_path)
+    (home / "imgs" / "9" / "sample_3.png").write_bytes(b"")
+    with pytest.raises(DataError, match="no pictures are left to train on: 1 are empty"):
+        tasks.load("pathfinder", root=tmp_path, source="official", train=1, valid=5, test=6, progress=False)
+    (home / "imgs" / "10" / "sample_1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"has 2 empty pictures among the first .* wanted at most 1"):
+        tasks.load("pathfinder", root=tmp_path, source="official", **SIZES)
+
+
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
 LINE = "imgs/9 sample_0.png 0 1 1.0 14 4 2 0.5 1 1\n"
 BROKEN = {
@@ -226,6 +237,8 @@ BROKEN = {
     "cut picture": ("imgs/9/sample_2.png", png(NOISE)[:-400], "sample_2.png is not a whole PNG"),
     "end cut off": ("imgs/9/sample_2.png", png(NOISE)[:-13], "sample_2.png is not a whole PNG"),
     "foreign picture": ("imgs/9/sample_2.png", b"GIF89a", "sample_2.png is not a whole PNG"),
+    "16 bits": ("imgs/9/sample_2.png", png(NOISE.astype(np.uint16) * 257, "I;16"), "sample_2.png: wanted .* of 8 bits.* I;16"),
+    "named twice": ("metadata/9.npy", (LINE * 2).encode(), "names 9/sample_0.png twice"),
     "other size": ("imgs/9/sample_2.png", png(np.zeros((64, 64), np.uint8)), "sample_2.png: wanted 32 x 32.*64 x 64"),
 }
 
