@@ -64,7 +64,10 @@ def load(name: str, *, root: str | Path | None = None, seed: int = 0, **chosen: 
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", str(hints[key]))
             raise DataError(f"{name}: {key} must be {wanted}; got {value!r}.")
-    return _module(name).load(root=root, seed=seed, **chosen)
+    task: Task = _module(name).load(root=root, seed=seed, **chosen)
+    if not len(task.train):
+        raise DataError(f"{name} has nothing to train on; got {task.config.source}. Add training data there.")
+    return task
 
 
 def _fits(value: Any, hint: Any) -> bool:

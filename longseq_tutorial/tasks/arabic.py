@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,8 @@ def _read_packs(folder: Path, words: int) -> Clips:
     if len(parts) == 1:
         return first
     second = parts[1][0]
+    if set(first.words) & set(second.words) or first.rate != second.rate:
+        raise DataError(f"{folder}: {' and '.join(PACKS)} must hold other words at one rate. {_MEND}")
     return Clips(
         np.concatenate([first.audio, second.audio]),
         np.concatenate([first.label, second.label + np.uint8(len(first.words))]),
@@ -76,8 +79,6 @@ def read_folder(folder: Path, words: int) -> Clips:
     found = sorted({word for _, word, _, _ in rows})
     known = WORDS20 if words == 20 else WORDS20 + tuple(word for word in found if word not in WORDS20)
     rows = [row for row in rows if row[1] in known]
-    if len(known) != words or {row[1] for row in rows} != set(known):
-        raise DataError(f"{folder}: wanted {words} words; got {len(found)}: {', '.join(found)[:80]}. {_MEND}")
     speakers: dict[str, int] = {}
     for part, _, name, _ in rows:
         speaker = re.split(r"[_-]", name)[0]
@@ -85,6 +86,11 @@ def read_folder(folder: Path, words: int) -> Clips:
             raise DataError(
                 f"{folder}: speaker {speaker} is in {list(FILES)[speakers[speaker]]} and {list(FILES)[part]}."
             )
+    paths = [path for *_, path in rows]
+    if len(set(paths)) < len(paths):
+        raise DataError(f"{folder}: {Counter(paths).most_common(1)[0][0]} is named twice in its CSV files. {_MEND}")
+    if len(known) != words or {row[1] for row in rows} != set(known):
+        raise DataError(f"{folder}: wanted {words} words; got {len(found)}: {', '.join(found)[:80]}. {_MEND}")
     audio = np.empty((len(rows), RATE), np.int16)
     for i, (_, word, name, path) in enumerate(tqdm(rows, desc="reading recordings", unit="clip", leave=False, delay=2)):
         try:
@@ -103,10 +109,9 @@ def _read_csv(path: Path) -> list[tuple[str, str, Path]]:
         table = list(csv.reader(io.StringIO(path.read_text("utf-8-sig"))))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {path} ({error}). {_MEND}") from error
-    if table and not any(cell.strip().endswith(".wav") for cell in table[0]):
-        table = table[1:]  # the header
+    header = bool(table) and not any("/" in cell or "\\" in cell for cell in table[0])  # no paths
     rows = []
-    for number, cells in enumerate(table, start=2):
+    for number, cells in enumerate(table[header:], start=1 + header):
         if not any(cell.strip() for cell in cells):
             continue
         matches = [_WAV.fullmatch(cell.strip().removeprefix("./").replace("\\", "/")) for cell in cells]

@@ -53,7 +53,10 @@ def read_pack(path: Path, extra: dict[str, tuple[str, int]] | None = None) -> tu
         "its arrays disagree on the number of clips": not len(q) == len(peak) == len(label)
         or any(len(pack[name]) != len(q) for name in extra or {}),
         f"a label is outside the {len(words)} words": bool(len(label) and label.max() >= len(words)),
-        "the companding constant is negative": not pack["mu"] >= 0,
+        "the companding constant is not from 0 to 65,535": not 0 <= pack["mu"] <= 65_535,
+        "a peak is negative, or a code is -128": bool((peak < 0).any() or (q == -128).any()),
+        f"the rate is {int(pack['sample_rate'])} samples a second": pack["sample_rate"] < 1,
+        "a word stands there twice, or there is only one": len(set(words)) < max(2, len(words)),
         "a part is none of training, validation and test": "split" in pack and bool((pack["split"] > 2).any()),
     }
     for fault, there in faults.items():

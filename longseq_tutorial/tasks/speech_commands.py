@@ -130,7 +130,8 @@ def select(archive: Archive, words: tuple[str, ...], *, random_split: bool = Fal
         rng = np.random.default_rng([seed, 10])
         part = np.zeros(len(chosen), np.uint8)
         for word in range(len(words)):
-            rows = rng.permutation(np.flatnonzero(label == word))
+            rows = np.flatnonzero(label == word)
+            rows = rng.permutation(rows[np.argsort(archive.names[chosen[rows]])])  # however they came
             part[rows[: round(0.15 * len(rows))]] = 2
             part[rows[round(0.15 * len(rows)) : round(0.3 * len(rows))]] = 1
     return Clips(archive.audio, label.astype(np.uint8), part, words, RATE, archive.levels[chosen], chosen)
@@ -197,8 +198,25 @@ def _make(files: _Files, own: Path, where: Path, verify: bool) -> Archive:
                 yield clip
 
     count = write_audio(own / "speech_commands.i16", clips())
+    try:
+        return _indexed(own, where, verify, count, names, lengths, levels, lists)
+    except DataError:
+        (own / "speech_commands.i16").unlink(missing_ok=True)  # 3.4 GB that nothing would read
+        raise
+
+
+def _indexed(
+    own: Path,
+    where: Path,
+    verify: bool,
+    count: int,
+    names: list[str],
+    lengths: list[int],
+    levels: list[np.ndarray],
+    lists: dict[str, set[str]],
+) -> Archive:
+    """The index of the clips that were written, once they are found to be right."""
     if not count:
-        (own / "speech_commands.i16").unlink()
         raise DataError(f"{where} holds no recording named like yes/0a7c2a8d_nohash_0.wav. {_MEND}")
     if len(lists) == 1:
         raise DataError(f"{where} lacks testing_list.txt or validation_list.txt. {_MEND}")
@@ -233,7 +251,9 @@ def _read_index(folder: Path) -> Archive:
     path = folder / "speech_commands.npz"
     index = read_npz(path, _INDEX_FORM, "Delete it, and it is made again.")
     if (
-        len({len(array) for name, array in index.items() if name != "by_lists"}) != 1
+        {len(array) for name, array in index.items() if name != "by_lists"} != {len(index["names"])}
+        or len(index["names"]) == 0
+        or index["levels"].shape[1] != 3
         or index["part"].max() > 2
         or index["label"].max() > 34
     ):

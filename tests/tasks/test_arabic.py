@@ -1,5 +1,8 @@
 """Arabic Speech Commands: the authors' repository by its CSV files, the packs, and broken files."""
 
+import bz2
+import io
+
 import numpy as np
 import pytest
 
@@ -63,6 +66,9 @@ FAULTS = {
     "path outside": ("val.csv", "file,class\n../../../etc/yes.wav,yes\n", "val.csv, row 2: wanted a file"),
     "mislabelled": ("test.csv", "file,class\ndataset/yes/00000004_NO_01.wav,no\n", "04_NO_01.wav is labelled 'no'"),
     "speaker twice": ("test.csv", "file,class\ndataset/yes/00000003_NO_01.wav,yes\n", "speaker 00000003 is in valid"),
+    "first row cut": ("val.csv", "dataset/yes/00000003_NO_01.w,yes\n", "val.csv, row 1: wanted a file such as"),
+    "row twice": ("val.csv", "dataset/yes/00000003_NO_01.wav,yes\n" * 2, "00000003_NO_01.wav is named twice"),
+    "no training": ("train.csv", "file,class\ndataset/close/00000001_NO_01.wav,close\n", "nothing to train on"),
     "lost file": ("test.csv", "file,class\ndataset/yes/00000009_NO_01.wav,yes\n", "cannot read yes/00000009_NO_01.wav"),
 }  # fmt: skip
 
@@ -88,6 +94,27 @@ def test_missing_words_broken_clips_and_no_copy(tmp_path):
         tasks.load("speech", root=root, source="arabic")
     with pytest.raises(DataNotFound, match="git clone"):
         tasks.load("speech", source="arabic")
+
+
+def test_two_packs_hold_other_words(tmp_path):
+    names = [f"{letter}{i}" for letter in "ab" for i in range(20)]
+    arrays = {
+        "q": np.ones((6, 160), np.int8), "peak": np.full(6, 99, np.int16), "mu": np.array(0.0),
+        "label": np.zeros(6, np.uint8), "split": np.repeat(np.arange(3, dtype=np.uint8), 2),
+        "speaker": np.zeros(6, np.int32), "sample_rate": np.array(160),
+    }  # fmt: skip
+
+    def put(name: str, words: list[str]) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, words=np.array(words), **arrays)
+        (tmp_path / name).write_bytes(bz2.compress(buffer.getvalue()))
+
+    put(PACKS[0], names[:20])
+    put(PACKS[1], names[20:])
+    assert tasks.load("speech", root=tmp_path, source="arabic40").config.class_names == tuple(names)
+    put(PACKS[1], names[:20])
+    with pytest.raises(DataError, match="must hold other words"):
+        tasks.load("speech", root=tmp_path, source="arabic40")
 
 
 def test_the_real_pack(real_data):

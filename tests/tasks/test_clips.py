@@ -58,7 +58,12 @@ FAULTS = {
     "too few peaks": ({"peak": np.zeros(3, np.int16)}, "disagree on the number of clips"),
     "too few parts": ({"split": np.zeros(3, np.uint8)}, "disagree on the number of clips"),
     "part": ({"split": np.full(12, 3, np.uint8)}, "none of training, validation and test"),
-    "negative": ({"mu": np.array(-1.0)}, "companding constant is negative"),
+    "negative": ({"mu": np.array(-1.0)}, "companding constant is not from 0"),
+    "no constant": ({"mu": np.array(np.inf)}, "companding constant is not from 0"),
+    "code below the peak": ({"q": np.full((12, 50), -128, np.int8)}, "a code is -128"),
+    "negative peak": ({"peak": np.full(12, -5, np.int16)}, "a peak is negative"),
+    "no rate": ({"sample_rate": np.array(0)}, "the rate is 0 samples"),
+    "a word twice": ({"words": np.array(["a", "b", "a"])}, "a word stands there twice"),
     "nothing": ({"q": np.zeros((0, 50), np.int8)}, "there are no clips"),
     "floats": ({"q": np.zeros((12, 50))}, "q must be int8"),
 }

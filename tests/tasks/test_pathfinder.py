@@ -237,7 +237,11 @@ BROKEN = {
     "cut picture": ("imgs/9/sample_2.png", png(NOISE)[:-400], "sample_2.png is not a whole PNG"),
     "end cut off": ("imgs/9/sample_2.png", png(NOISE)[:-13], "sample_2.png is not a whole PNG"),
     "foreign picture": ("imgs/9/sample_2.png", b"GIF89a", "sample_2.png is not a whole PNG"),
-    "16 bits": ("imgs/9/sample_2.png", png(NOISE.astype(np.uint16) * 257, "I;16"), "sample_2.png: wanted .* of 8 bits.* I;16"),
+    "16 bits": (
+        "imgs/9/sample_2.png",
+        png(NOISE.astype(np.uint16) * 257, "I;16"),
+        "sample_2.png: wanted .* of 8 bits.* I;16",
+    ),
     "named twice": ("metadata/9.npy", (LINE * 2).encode(), "names 9/sample_0.png twice"),
     "other size": ("imgs/9/sample_2.png", png(np.zeros((64, 64), np.uint8)), "sample_2.png: wanted 32 x 32.*64 x 64"),
 }

@@ -241,6 +241,42 @@ def test_harmful_and_cut_archives(tmp_path):
     assert [entry.name for entry in root.iterdir()] == [path.name]
 
 
+def test_the_order_of_an_archive_changes_no_random_split(tmp_path):
+    put(dict(sorted(files().items(), reverse=True)), tmp_path / "a")
+    unpack(files(), tmp_path / "b")
+    one, two = (tasks.load("speech", root=tmp_path / name, random_split=True, **SC10) for name in "ab")
+    assert sounds(one.test) == sounds(two.test) and sounds(one.train) == sounds(two.train)
+
+
+def test_what_is_refused_leaves_no_file_behind(tmp_path):
+    root = put(files(), tmp_path / "a")
+    with pytest.raises(DataError, match="pass verify=False"):
+        tasks.load("speech", root=root, source="sc10")
+    assert [path.name for path in root.iterdir()] == ["speech_commands_v0.02.tar.gz"]
+
+
+def test_nothing_to_train_on(tmp_path):
+    """A set of which only the test and the validation clips are there."""
+    content = {name: data for name, data in files().items() if "_list" in name or name.split("/")[-1] < "00000002"}
+    with pytest.raises(DataError, match="nothing to train on"):
+        tasks.load("speech", root=put(content, tmp_path / "a"), **SC10)
+
+
+@pytest.mark.parametrize("keep", [slice(0), slice(3)], ids=["no clips", "two levels"])
+def test_a_foreign_index_is_one_clear_line(tmp_path, keep):
+    root = put(files(), tmp_path / "a")
+    tasks.load("speech", root=root, **SC10)
+    with np.load(root / "speech_commands.npz") as archive:
+        index = dict(archive)
+    if keep == slice(0):
+        index = {name: array[keep] if array.ndim else array for name, array in index.items()}
+    else:
+        index["levels"] = index["levels"][:, :2]
+    write_npz(root / "speech_commands.npz", index)
+    with pytest.raises(DataError, match=r"speech_commands\.npz: its arrays do not fit"):
+        tasks.load("speech", root=root, **SC10)
+
+
 def test_a_clip_that_is_there_twice_is_refused(tmp_path):
     content = files()
     name = "yes/00000003_nohash_1.wav"
