@@ -76,7 +76,7 @@ def _option(text: str) -> tuple[str, Any]:
         raise DataError(f"{key} is given as --{key} {value}.")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return key, value  # plain words need no quotes
 
 

@@ -30,6 +30,7 @@ _TASKS = (
     "pathx",
     "speech",
 )  # one module each, with a function `load`
+_MOST = 100_000_000  # items of a part; more than any disk holds
 
 
 def names() -> tuple[str, ...]:
@@ -64,6 +65,11 @@ def load(name: str, *, root: str | Path | None = None, seed: int = 0, **chosen: 
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", str(hints[key]))
             raise DataError(f"{name}: {key} must be {wanted}; got {value!r}.")
+        most = _MOST if key in ("train", "valid", "test") else 2**62
+        if key != "seed" and isinstance(value, int) and value > most:
+            raise DataError(f"{name}: {key} must be at most {most:,}; got {value:,}.")
+    if seed < 0:
+        raise DataError(f"seed must be at least 0; got {seed}.")
     task: Task = _module(name).load(root=root, seed=seed, **chosen)
     if not len(task.train):
         raise DataError(f"{name} has nothing to train on; got {task.config.source}. Add training data there.")

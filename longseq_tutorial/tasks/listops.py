@@ -39,6 +39,8 @@ SOURCES = {
     "official": "the Long Range Arena's files, if you have them (an archive of 8.2 GB, no data licence stated)",
     "sample": "200 rows (made by this project), MIT",
 }
+_LARGEST_ROW = 10_000_000  # bytes; those of the official files have some 30 kB
+_MEND = "Delete it, and it is made again."
 OFFICIAL_FILES = {"train": "basic_train.tsv", "valid": "basic_val.tsv", "test": "basic_test.tsv"}
 _INSIDE = ("", "listops-1000", "listops", "lra_release/listops-1000", "lra_release/lra_release/listops-1000")
 
@@ -61,11 +63,14 @@ def make(seed: int, count: int, shape: Shape, folder: Path, progress: bool = Tru
     home = folder / "listops" / hashlib.sha256(described.encode()).hexdigest()[:12]
     paths = [home / f"{number:05d}.npz" for number in range(-(-count // CHUNK))]
     ready = next((i for i, path in enumerate(paths) if not path.exists()), len(paths))
-    chunks = [_read_chunk(path) for path in paths[:ready]]
+    chunks = [_read_chunk(path, shape) for path in paths[:ready]]
     if ready < len(paths):
         stream = Stream(seed, shape)
-        for chunk in chunks:
-            stream.resume(chunk["tokens"], chunk["offsets"], chunk["state"])
+        for path, chunk in zip(paths, chunks, strict=False):
+            try:
+                stream.resume(chunk["tokens"], chunk["offsets"], chunk["state"])
+            except ValueError as error:
+                raise DataError(f"{path}: its random numbers cannot go on ({error}). {_MEND}") from error
         total, done = len(paths) * CHUNK, ready * CHUNK
         with tqdm(total=total, initial=done, unit="expr", desc="making ListOps", disable=not progress) as bar:
             for path in paths[ready:]:
@@ -90,13 +95,24 @@ def _make_chunk(stream: Stream, bar: tqdm) -> dict[str, np.ndarray]:
     }
 
 
-def _read_chunk(path: Path) -> dict[str, np.ndarray]:
-    mend = "Delete it, and it is made again."
-    chunk = read_npz(path, _CHUNK_FORM, mend)
-    offsets, labels = chunk["offsets"], chunk["labels"]
-    fits = len(labels) == CHUNK and len(offsets) == CHUNK + 1 and offsets[-1] == len(chunk["tokens"])
+def _read_chunk(path: Path, shape: Shape) -> dict[str, np.ndarray]:
+    chunk = read_npz(path, _CHUNK_FORM, _MEND)
+    tokens, offsets, labels = chunk["tokens"], chunk["offsets"], chunk["labels"]
+    fits = len(labels) == CHUNK and len(offsets) == CHUNK + 1 and offsets[-1] == len(tokens)
     if not fits or offsets[0] != 0 or (np.diff(offsets) < 1).any() or len(chunk["state"]) != 625 or labels.max() > 9:
-        raise DataError(f"{path} is not a chunk of {CHUNK:,} expressions. {mend}")
+        raise DataError(f"{path} is not a chunk of {CHUNK:,} expressions. {_MEND}")
+    lengths = np.diff(offsets)
+    if lengths.min() <= shape.min_length or lengths.max() >= shape.max_length or tokens.min() < 1 or tokens.max() > 15:
+        raise DataError(
+            f"{path} wanted lengths between {shape.min_length:,} and {shape.max_length:,} and tokens 1 to 15; got "
+            f"{lengths.min():,} to {lengths.max():,} and {tokens.min()} to {tokens.max()}. {_MEND}"
+        )
+    try:
+        value = evaluate(tokens[: offsets[1]])
+    except DataError as error:
+        raise DataError(f"{path}: {error} {_MEND}") from None
+    if value != labels[0]:
+        raise DataError(f"{path}: the first expression has the value {value}; its label is {labels[0]}. {_MEND}")
     return chunk
 
 
@@ -119,7 +135,8 @@ def read_tsv(path: str | Path, count: int | None = None, desc: str | None = None
                 )
             bar = tqdm(total=count, unit="row", desc=desc or f"reading {path.name}", leave=False, delay=2)
             with bar:
-                for number, line in enumerate(file, start=2):  # the header is row 1
+                rows = iter(lambda: file.readline(_LARGEST_ROW), b"")
+                for number, line in enumerate(rows, start=2):  # the header is row 1
                     if count is not None and len(labels) == count:
                         break
                     if line.strip():

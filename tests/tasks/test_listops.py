@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from longseq_tutorial import tasks
-from longseq_tutorial.tasks import DataError
+from longseq_tutorial.tasks import DataError, listops
 from longseq_tutorial.tasks.base import REPOSITORY_DATA
 from longseq_tutorial.tasks.listops import CHUNK, Shape, decode, evaluate, make, read_tsv
 
@@ -111,6 +111,28 @@ def test_a_broken_chunk_is_one_clear_line(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+FOREIGN = {
+    "tokens": (lambda a: {"tokens": np.full_like(a["tokens"], 200)}, "tokens 1 to 15; got .* 200 to 200"),
+    "labels": (lambda a: {"labels": (a["labels"] + 1) % 10}, "the first expression has the value"),
+    "no expression": (lambda a: {"tokens": np.full_like(a["tokens"], 15)}, "without an open list"),
+    "lengths": (lambda a: {"tokens": a["tokens"][:CHUNK], "offsets": np.arange(CHUNK + 1)}, "wanted lengths between 5"),
+    "random numbers": (lambda a: {"state": np.full(625, 4_000_000_000, np.uint32)}, "its random numbers cannot go on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FOREIGN)
+def test_a_chunk_of_something_else_is_one_clear_line(tmp_path, fault):
+    change, says = FOREIGN[fault]
+    make(0, CHUNK, Shape(5, 60), tmp_path, progress=False)
+    chunk = next(tmp_path.rglob("00000.npz"))
+    with np.load(chunk) as archive:
+        arrays = dict(archive)
+    np.savez(chunk, **(arrays | change(arrays)))
+    with pytest.raises(DataError, match=says) as caught:
+        make(0, CHUNK + 1, Shape(5, 60), tmp_path, progress=False)
+    assert "00000.npz" in str(caught.value) and str(caught.value).endswith("Delete it, and it is made again.")
+
+
 # The official files.
 
 
@@ -172,6 +194,13 @@ def test_broken_files_name_the_row(tmp_path, fault):
     with pytest.raises(DataError, match=says) as caught:
         read_tsv(path)
     assert "basic_train.tsv" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_row_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(listops, "_LARGEST_ROW", 1_000)
+    (tmp_path / "rows.tsv").write_bytes(HEADER + ROW + b"[MAX 1 " * 300 + b"]" * 300 + b"\t1\r\n")
+    with pytest.raises(DataError, match="row 3: wanted 'expression<TAB>value'; got 1 columns"):
+        read_tsv(tmp_path / "rows.tsv")
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
