@@ -27,31 +27,47 @@ WORDS20 = tuple(
 )
 RATE = 16_000
 FILES = {"train": "train.csv", "valid": "val.csv", "test": "test.csv"}
+CLIPS = {"train": 180, "valid": 60, "test": 60}  # of each word: 18, 6 and 6 speakers, ten times each
 _INSIDE = ("", "arabic-speech-commands-dataset", "arabic-speech-commands-dataset-master", "arabic_speech_commands")
 _WAV = re.compile(r"(?:\w+/)?([A-Za-z][A-Za-z _]{0,19})/([\w-]{1,60}\.wav)")  # dataset/zoom in/speaker_.._take.wav
 _LARGEST = 2_000_000
 _MEND = "Fetch it again."
 
 
-def find(root: str | Path | None = None, words: int = 20) -> tuple[Clips, str]:
-    """The clips of 20 or 40 words, and what they are. Raises `DataNotFound` when there are none."""
+def find(root: str | Path | None = None, words: int = 20, *, verify: bool = True) -> tuple[Clips, str]:
+    """The clips of 20 or 40 words, and what they are.
+
+    verify: check that the official number of each word is in each part; False takes any number.
+    Raises `DataNotFound` when there are none, `DataError` when what is there is broken or incomplete.
+    """
+    said = (
+        f"Arabic Speech Commands, {words} words{{}}{'' if verify else ', unverified'}, official speaker-disjoint parts"
+    )
     folders = read_folders(root)
     for folder in folders:
         for inner in _INSIDE:
             home = folder / inner
             if all((home / name).exists() for name in FILES.values()):
-                return read_folder(
-                    home, words
-                ), f"Arabic Speech Commands, {words} words, official speaker-disjoint parts"
+                return _checked(read_folder(home, words), home, verify), said.format("")
         if (folder / PACKS[0]).exists():
-            return _read_packs(folder, words), (
-                f"Arabic Speech Commands, {words} words (8-bit copy), official speaker-disjoint parts"
-            )
+            return _checked(_read_packs(folder, words), folder, verify), said.format(" (8-bit copy)")
     place = "root" if root is not None else "LONGSEQ_DATA"
     raise DataNotFound(
         f"found no Arabic Speech Commands in {' or '.join(map(str, folders))}. Run `git clone {PAGE}` (390 MB) in a "
         f"folder and name that folder in {place}, or put {PACKS[0]} there."
     )
+
+
+def _checked(clips: Clips, where: Path, verify: bool) -> Clips:
+    for part, (name, wanted) in enumerate(CLIPS.items()):
+        counts = np.bincount(clips.label[clips.split == part], minlength=len(clips.words))
+        if verify and (counts != wanted).any():
+            word = int(np.argmax(counts != wanted))
+            raise DataError(
+                f"{where}: wanted {wanted} clips of each word in the {name} part; got {counts[word]:,} of "
+                f"{clips.words[word]!r}. {_MEND[:-1]}, or pass verify=False to use what is there."
+            )
+    return clips
 
 
 def _read_packs(folder: Path, words: int) -> Clips:

@@ -62,7 +62,7 @@ def load(
     source: "fsdd" is the real recordings of ten digits, "sample" the espeak-ng voices in the repository; "auto" takes
     the real ones, and the sample with a printed notice when they are neither here nor to be had. The others are in
     `SOURCES`. `task.config.source` says which it was.
-    download, verify: see `fsdd.find` and `speech_commands.find`.
+    download, verify: see `fsdd.find`, `speech_commands.find` and `arabic.find`.
     valid_takes: FSDD's takes for validation; `()` trains on all of takes 5 to 49 and leaves validation empty.
     length: clips are cut to this many samples; None is one second (of FSDD's 3,000 clips, 20 are longer).
     normalise: "rms" brings every clip to mean 0 and a level of 0.1, "peak" to a largest sample of 1, "standard" all of
@@ -121,7 +121,7 @@ def _keywords(
     if source in speech_commands.PACKS:
         return speech_commands.find_pack(source, root)
     if source.startswith("arabic"):
-        return arabic.find(root, 40 if source == "arabic40" else 20)
+        return arabic.find(root, 40 if source == "arabic40" else 20, verify=verify)
     archive = speech_commands.find(root, download=download, verify=verify)
     words = speech_commands.WORDS10 if source == "sc10" else speech_commands.WORDS35
     kind = f"Speech Commands v0.02, {len(words)} words{'' if verify else ', unverified'}"
