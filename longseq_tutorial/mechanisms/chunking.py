@@ -14,13 +14,14 @@ z and v widths.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .devices import at_once
+from .devices import at_once, in_pieces
 
 __all__ = [
     "BucketedBias",
@@ -41,6 +42,8 @@ Cache = tuple[Tensor, Tensor]  # the keys (..., seen, z) and values (..., seen, 
 
 # Scores worked on at once on a CPU, 4 MiB in float32. Larger tensors are fetched from the system page by page.
 GROUP = 2**20
+TILE = 2**18  # the same in `_Windows`, which passes over them more often: 1 MiB, half of a common second-level cache
+ROWS = 32  # queries a block has there at most: the fewer, the fewer hidden keys among those around it
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -207,7 +210,8 @@ def window_attention(
         causal: look at the past and the present only.
         function, on_weights: handed to ``attend``.
         attend: what to do with a block of queries and its keys; default :func:`fused_attention`, which knows softmax
-            only. For laplace and relu2 hand in :func:`longseq_tutorial.mechanisms.gated_attention.attend`. It gets
+            only. (On a CPU, with a bias that learns, :class:`_Windows` takes its place and computes the same.) For
+            laplace and relu2 hand in :func:`longseq_tutorial.mechanisms.gated_attention.attend`. It gets
             q ``(..., N, C, z)``, k and v ``(..., N, K, ·)`` and a mask for each pair, ``(..., N, C, K)``.
 
     Returns:
@@ -217,6 +221,9 @@ def window_attention(
     real = _check_window(q, k, v, window, bias, mask)
     length, dtype = q.shape[-2], v.dtype
     reach = min(window, length - 1)  # beyond the sequence there is nothing to see
+    plain = attend is None and on_weights is None and function == "softmax"
+    if plain and bias is not None and _written_out(q, k, v, bias):
+        return _window_by_tiles(q, k, v, bias[..., window - reach : window + reach + 1], real, causal)
     block = max(reach, 1)
     width = (2 if causal else 3) * block  # K
     offset = torch.arange(block + width - 1, device=q.device) - (2 * block - 1)  # every key minus query in this view
@@ -389,6 +396,94 @@ def _look_at_each(look: Callable[..., Tensor], queries: Sequence[Tensor], *parts
     for place, group in zip(places[1:], groups[1:], strict=True):
         place.copy_(look(*group))
     return y
+
+
+# ---- a window whose bias learns, on a CPU ----------------------------------------------------------------------------
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
+    """Whether `_Windows` is for it: a bias that learns, which torch's CPU kernel refuses, and no rounding."""
+    exact = {x.dtype for x in (q, k, v, bias)} in ({torch.float32}, {torch.float64})
+    learns = bias.requires_grad and torch.is_grad_enabled()
+    return learns and exact and in_pieces(q) and not torch.is_autocast_enabled("cpu")
+
+
+def _window_by_tiles(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, real: Tensor, causal: bool) -> Tensor:
+    """:func:`window_attention` by :class:`_Windows`, with a bias ``(2r + 1,)`` or ``(H, 2r + 1)`` for a reach r."""
+    shape, length, reach = v.shape, q.shape[-2], bias.shape[-1] // 2
+    parts = -(-reach // ROWS)  # blocks that a reach takes
+    block = -(-reach // parts) if parts else 1
+    back, ahead, future = parts * block, 0 if causal else parts * block, 0 if causal else reach
+    # A number for each key minus query in sight of a block, 1 - C - back .. C - 1 + ahead; outside the window -inf.
+    line = bias[..., : reach + 1 + future]
+    line = F.pad(line, (back + block - 1 - reach, ahead + block - 1 - future), value=-torch.inf)
+    squares = _along_diagonals(line, block)
+    real = real.expand(shape[:-1]).unsqueeze(-1)
+    fill = -length % block
+    q = F.pad(q, (0, 0, 0, fill)) if fill else q
+    k, v, real = (F.pad(x, (0, 0, back, fill + ahead)) for x in (k, v, real))
+    q, k, v, squares, real = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, squares, real))
+    return _Windows.apply(q, k, v, squares, real.squeeze(-1), back)[:, :length].reshape(shape)
+
+
+class _Windows(torch.autograd.Function):
+    """Softmax attention of M sequences, each cut into n blocks of C queries that see the K keys around them.
+
+    q ``(M, n C, z)``; k ``(M, n C + K - C, z)`` and v alike: the first block sees the first K of them, and its query i
+    is key ``itself + i``; real ``(M, n C + K - C)``; squares ``(1 or H, C, K)``, the bias of each head in turn, -inf
+    where the window hides a key. Neighbouring blocks see the same keys through views, which need no copies; about a
+    megabyte of scores is made, masked and summed up in the cache, and only the weights W are kept. In the gradient of a
+    softmax, ``sum(dW W)`` over K keys is ``sum(dY Y)`` over v numbers::
+
+        dV = W^T dY      dS = W (dY V^T - sum(dY Y))      dQ = dS K / sqrt(z)      dK = dS^T Q / sqrt(z)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, squares: Tensor, real: Tensor, itself: int) -> Tensor:
+        (_, block, width), scale = squares.shape, 1 / math.sqrt(q.shape[-1])
+        y, weights = v.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(*q.shape[:2], width)
+        for m, rows, seen in _tiles(q, squares):
+            keys, values, visible = (x[m, seen].unfold(0, width, block) for x in (k, v, real))
+            some, kept = (x[m, rows].unflatten(0, (-1, block)) for x in (q, weights))
+            scores = torch.baddbmm(squares[m % len(squares)], some, keys, alpha=scale)  # (n, C, K)
+            if not visible.all():
+                scores.masked_fill_(~visible.unsqueeze(1), -torch.inf)
+                own = scores[..., itself : itself + block].diagonal(dim1=1, dim2=2)  # a view
+                own.masked_fill_(scores.amax(-1) == -torch.inf, 0)  # nothing real in sight: it reads itself
+            torch.softmax(scores, dim=-1, out=kept)
+            y[m, rows] = (kept @ values.mT).flatten(0, 1)
+        ctx.save_for_backward(q, k, v, squares, y, weights)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, squares, y, weights = ctx.saved_tensors
+        dq, dk, dv, d_squares = torch.empty_like(q), *(torch.zeros_like(x) for x in (k, v, squares))
+        (_, block, width), scale = squares.shape, 1 / math.sqrt(q.shape[-1])
+        sums = (dy * y).sum(-1, keepdim=True)
+        for m, rows, seen in _tiles(q, squares):
+            keys, values = (x[m, seen].unfold(0, width, block) for x in (k, v))
+            some, kept, d_some, shift = (x[m, rows].unflatten(0, (-1, block)) for x in (q, weights, dy, sums))
+            d_scores = torch.baddbmm(shift, d_some, values, beta=-1).mul_(kept)
+            dq[m, rows] = (d_scores @ keys.mT).mul_(scale).flatten(0, 1)
+            d_squares[m % len(squares)] += d_scores.sum(0)
+            for first in range(0, width, block):  # the keys of a block, at each of their places among the K
+                at = slice(seen.start + first, seen.stop - width + block + first)
+                for into, left, right, alpha in ((dk, d_scores, some, scale), (dv, kept, d_some, 1)):
+                    left = left[..., first : first + block].mT
+                    into[m, at].unflatten(0, (-1, block)).baddbmm_(left, right, alpha=alpha)
+        return dq, dk, dv, d_squares, None, None
+
+
+def _tiles(q: Tensor, squares: Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """Of each of the sequences q ``(M, n C, z)`` some blocks at a time: m, their queries, and the keys around them."""
+    _, block, width = squares.shape
+    size = max(1, TILE // (block * width)) * block
+    for m in range(len(q)):
+        for first in range(0, q.shape[1], size):
+            last = min(first + size, q.shape[1])
+            yield m, slice(first, last), slice(first, last + width - block)
 
 
 # ---- streaming: what both steps share --------------------------------------------------------------------------------

@@ -518,10 +518,12 @@ def test_wrong_input_is_refused_in_words(call, words):
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("scores", [1, 300, 1000])
-def test_groups_of_blocks_change_nothing_in_values_or_gradients(monkeypatch, function, causal, masked, scores):
+@pytest.mark.parametrize(("scores", "rows"), [(1, 1), (300, 2), (1000, 4)])
+def test_groups_of_blocks_change_nothing_in_values_or_gradients(monkeypatch, function, causal, masked, scores, rows):
     """Two sequences, three heads, blocks of 5: groups of one block, of a few, with a rest; each border is crossed."""
     monkeypatch.setattr(chunking, "GROUP", scores)
+    monkeypatch.setattr(chunking, "TILE", scores)
+    monkeypatch.setattr(chunking, "ROWS", rows)
     groups = []
     monkeypatch.setattr(chunking, "_look_at_each", lambda look, *p: groups.append(len(p[0])) or look_at_each(look, *p))
     mask = torch.stack([torch.arange(43) >= 7, torch.arange(43) < 29]) if masked else None
@@ -534,6 +536,33 @@ def test_groups_of_blocks_change_nothing_in_values_or_gradients(monkeypatch, fun
         options = {"mask": mask, "causal": causal, "function": function, "attend": attend}  # no gradient: one result
         seen = slice(None) if mask is None else mask[:, None].expand(2, 3, 43)
         torch.testing.assert_close(fast(q, k, v, 5, **options)[seen], slow(q, k, v, 5, **options)[seen])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_that_learns_takes_the_written_out_form_and_no_other(monkeypatch, masked):
+    """It pays where it is allowed to, and equals the form for every device, in values and gradients."""
+    calls = []
+    by_tiles = chunking._window_by_tiles
+    monkeypatch.setattr(chunking, "_window_by_tiles", lambda *args: calls.append(args) or by_tiles(*args))
+    q, k, v = (t.requires_grad_() for t in qkv(200, lead=(2, 3)))
+    bias = torch.randn(3, 141, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(200) < torch.tensor([[200], [70]]) if masked else None  # the last queries see nothing real
+    found = []
+    for written_out in (True, False):
+        with monkeypatch.context() as patch:
+            if not written_out:
+                patch.setattr(chunking, "_written_out", lambda *args: False)
+            y = window_attention(q, k, v, 70, bias=bias, mask=mask)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [q, k, v, bias])])
+    assert len(calls) == 1
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        window_attention(q, k, v, 70, bias=bias, mask=mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        window_attention(q.float(), k.float(), v.float(), 70, bias=bias.float(), mask=mask)
+    window_attention(q, k, v, 70, bias=bias, mask=mask, attend=attend)
+    assert len(calls) == 1
 
 
 def test_no_tensor_of_a_long_sequence_holds_more_scores_than_a_group(monkeypatch):
