@@ -535,7 +535,7 @@ def fused_attention(
             f"{', on_weights' if on_weights is not None else ''}. Pass attend=gated_attention.attend."
         )
     if bias is None and mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return _in_four_axes(q, k, v, None, causal)
     length = q.shape[-2]
     past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if causal else None
     allowed = past
@@ -546,7 +546,7 @@ def fused_attention(
         nothing = ~allowed.any(-1, keepdim=True)  # only padding in sight: let it look at the padding, nobody reads it
         allowed = allowed | (nothing if past is None else nothing & past)
     if bias is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return _in_four_axes(q, k, v, allowed)
     if bias.requires_grad and torch.is_grad_enabled() and q.device.type == "cpu":
         # Torch's CPU kernel refuses a bias that learns, and what it does instead takes more passes than these.
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)  # (..., C, K)
@@ -558,6 +558,17 @@ def fused_attention(
     if allowed is not None:
         offset = offset.masked_fill(~allowed, -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=offset)
+
+
+def _in_four_axes(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool = False) -> Tensor:
+    """Torch's call for heads of blocks, too: its fused kernels take four axes, and with five it makes all scores."""
+    if q.dim() <= 4:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
+    lead = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
+    q, k, v = (x.expand(*lead, *x.shape[-2:]).flatten(0, -4) for x in (q, k, v))
+    if seen is not None:
+        seen = seen.expand(*lead, *seen.shape[-2:]).flatten(0, -4)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal).unflatten(0, lead[:-1])
 
 
 # ---- T5's buckets, SPADE's bias --------------------------------------------------------------------------------------
