@@ -13,11 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .devices import at_once, in_pieces
+from .devices import in_pieces
 
-__all__ = ["circular_convolution", "good_length", "long_convolution", "long_convolution_direct", "working_dtype"]
+__all__ = [
+    "circular_convolution",
+    "circular_convolution_plain",
+    "good_length",
+    "long_convolution",
+    "long_convolution_direct",
+    "working_dtype",
+]
 
 TILE = 512  # steps to turn at once on a CPU: a long sequence turned as a whole leaves the cache with every number
+# Numbers to transform at once on a CPU. Up to WHOLE all of them, since each call makes plans first. Larger tensors are
+# fetched from the system page by page and given back when freed (by glibc, from 32 MiB on): so pieces, each of which
+# takes over the memory of the one before. At least so many channels, since these lie side by side.
+WHOLE, PIECE, CHANNELS = 2**22, 2**21, 8
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -80,28 +91,35 @@ def long_convolution(u: Tensor, kernel: Tensor, *, reverse_kernel: Tensor | None
     size = good_length(length + reach - 1)  # long enough that nothing wraps around
 
     with torch.autocast(u.device.type, enabled=False):
-        circle = F.pad(kernel.to(dtype), (0, size - kernel.shape[1]))  # (D, size)
+        kernel = kernel.to(dtype)
         if reverse_kernel is not None:
             # On a circle, lag -s is lag size - s: the future sits at the far end, lag 0 stays at 0.
             future = F.pad(reverse_kernel.to(dtype), (0, size - reverse_kernel.shape[1]))
-            circle = circle + future.flip(-1).roll(1, -1)
-        return circular_convolution(u.to(dtype), circle).to(u.dtype)  # (B, L, D)
+            kernel = F.pad(kernel, (0, size - kernel.shape[1])) + future.flip(-1).roll(1, -1)  # (D, size)
+        return circular_convolution(u.to(dtype), kernel, size).to(u.dtype)  # (B, L, D)
 
 
-def circular_convolution(u: Tensor, circle: Tensor) -> Tensor:
-    """Convolve on a circle of n points, where lag -s is lag n - s, and keep the points below L.
+def circular_convolution(u: Tensor, kernel: Tensor, size: int) -> Tensor:
+    """Convolve on a circle of ``size`` points, where lag -s is lag size - s, and keep the points below L.
 
     Args:
-        u: ``(B, L, D)``, L <= n; beyond L there is silence.
-        circle: ``(G, n)``, n even, of the dtype of u: G kernels, each for D / G neighbouring channels.
+        u: ``(B, L, D)``, L <= size; beyond L there is silence.
+        kernel: ``(G, K)``, K <= size, of the dtype of u: G kernels, each for D / G neighbouring channels; beyond K
+            they are zero.
+        size: even.
 
     Returns:
         ``(B, L, D)``; in memory, channels come first.
     """
-    if torch.is_grad_enabled() and (u.requires_grad or circle.requires_grad):
-        return _Convolution.apply(u, circle)
-    size = circle.shape[1]
-    return _steps(_times(_waves(u, size), torch.fft.rfft(circle), in_place=True), size, u.shape[1])
+    if torch.is_grad_enabled() and (u.requires_grad or kernel.requires_grad):
+        return _Convolution.apply(u, kernel, size)
+    return _convolved(u, kernel, size)
+
+
+def circular_convolution_plain(u: Tensor, kernel: Tensor, size: int) -> Tensor:
+    """The same as :func:`circular_convolution`, same arguments, all channels at once and with autograd's gradients."""
+    waves = torch.fft.rfft(kernel, n=size).repeat_interleave(u.shape[2] // len(kernel), 0)
+    return torch.fft.irfft(torch.fft.rfft(u.mT, n=size) * waves, n=size)[..., : u.shape[1]].mT
 
 
 class _Convolution(torch.autograd.Function):
@@ -112,38 +130,93 @@ class _Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, circle: Tensor) -> Tensor:
-        spectrum, waves = _waves(u, circle.shape[1]), torch.fft.rfft(circle)
-        y = _steps(_times(spectrum, waves), circle.shape[1], u.shape[1])
-        ctx.save_for_backward(u, circle, spectrum.conj_physical_(), waves.conj_physical_())
+    def forward(ctx: Any, u: Tensor, kernel: Tensor, size: int) -> Tensor:
+        spectra: list[Tensor] = []
+        y = _convolved(u, kernel, size, spectra)
+        ctx.save_for_backward(u, kernel, *spectra)
+        ctx.size = size
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        u, circle, spectrum, waves = ctx.saved_tensors
-        length, size = u.shape[1], circle.shape[1]
-        if torch.is_grad_enabled():  # somebody wants to differentiate this gradient: its spectra must know their origin
-            spectrum, waves = _waves(u, size).conj(), torch.fft.rfft(circle).conj()
-        heard = _waves(grad, size)
-        of_circle = None
-        if ctx.needs_input_grad[1]:
-            together = spectrum[0] * heard[0]  # (D, n/2 + 1)
-            some = max(1, at_once(u, 1) // together.numel())  # on a CPU one by one: no tensor as large as all
-            for b in range(1, len(spectrum), some):
-                one, other = spectrum[b : b + some], heard[b : b + some]
-                together = together.addcmul_(one[0], other[0]) if some == 1 else together.add_((one * other).sum(0))
-            if len(together) > len(circle):  # one kernel for several channels
-                together = together.unflatten(0, (len(circle), -1)).sum(1)
-            of_circle = torch.fft.irfft(together, n=size)
-        if not ctx.needs_input_grad[0]:
-            return None, of_circle
-        return _steps(_times(heard, waves, in_place=not torch.is_grad_enabled()), size, length), of_circle
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        u, kernel, *spectra = ctx.saved_tensors
+        size, (of_u, of_kernel, _) = ctx.size, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # somebody wants to differentiate this gradient
+            wanted = [t for t, needed in ((u, of_u), (kernel, of_kernel)) if needed]
+            y = circular_convolution_plain(u, kernel, size)
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return next(found) if of_u else None, next(found) if of_kernel else None, None
+        du, d_kernel, saved = None, torch.empty_like(kernel) if of_kernel else None, iter(spectra)
+        for k, parts in _pieces(u, len(kernel), size):
+            waves, together = next(saved), None
+            for part in parts:
+                heard, spectrum = _waves(grad[part], size), next(saved)
+                if of_kernel:
+                    product = spectrum[0] * heard[0]
+                    for one, other in zip(spectrum[1:], heard[1:], strict=True):
+                        product.addcmul_(one, other)
+                    if len(product) > len(waves):  # one kernel for several channels
+                        product = product.unflatten(0, (len(waves), -1)).sum(1)
+                    together = product if together is None else together.add_(product)
+                    del product
+                if of_u:
+                    du = _placed(du, u, part, _steps(_times(heard, waves), size, u.shape[1]))
+            if d_kernel is not None and together is not None:
+                d_kernel[k] = torch.fft.irfft(together, n=size)[:, : kernel.shape[1]]
+        return du, d_kernel, None
+
+
+def _convolved(u: Tensor, kernel: Tensor, size: int, keep: list[Tensor] | None = None) -> Tensor:
+    """The convolution, a piece at a time. To ``keep`` it appends the spectra that the gradient wants, conjugate."""
+    y = None
+    for k, parts in _pieces(u, len(kernel), size):
+        waves, kept = torch.fft.rfft(kernel[k], n=size), []
+        for part in parts:
+            spectrum = _waves(u[part], size)
+            y = _placed(y, u, part, _steps(_times(spectrum, waves, in_place=keep is None), size, u.shape[1]))
+            if keep is not None:
+                kept.append(spectrum.conj_physical_())
+        if keep is not None:
+            keep += [waves.conj_physical_(), *kept]
+    assert y is not None
+    return y
+
+
+Part = tuple[slice, slice, slice]  # sequences, all of time, channels
+
+
+def _pieces(u: Tensor, kernels: int, size: int) -> list[tuple[slice, list[Part]]]:
+    """What to transform at once: so many kernels, and of their sequences and channels one part after the other."""
+    batch, _, dim = u.shape
+    each = dim // kernels
+    whole = not in_pieces(u) or batch * dim * size <= WHOLE
+    most = dim if whole else min(dim, max(CHANNELS, PIECE // (batch * size)))
+    rows = batch if whole else max(1, PIECE // (most * size))
+    some = max(1, most // each)  # kernels
+    pieces = []
+    for k in range(0, kernels, some):
+        last = min(k + some, kernels)
+        parts = [
+            (slice(b, b + rows), slice(None), slice(c, min(c + most, last * each)))
+            for c in range(k * each, last * each, most)
+            for b in range(0, batch, rows)
+        ]
+        pieces.append((slice(k, last), parts))
+    return pieces
+
+
+def _placed(y: Tensor | None, u: Tensor, part: Part, values: Tensor) -> Tensor:
+    """The result y, like u, with a part of it put in its place; y is None at first."""
+    if values.shape == u.shape:
+        return values
+    if y is None:
+        y = u.new_empty(u.shape[0], u.shape[2], u.shape[1]).mT  # in memory, channels come first
+    y[part] = values
+    return y
 
 
 def _waves(u: Tensor, size: int) -> Tensor:
     """The spectrum of every channel of ``u (B, L, D)``, padded with zeros to ``size``: ``(B, D, size/2 + 1)``."""
-    if torch.is_grad_enabled() and u.requires_grad:
-        return torch.fft.rfft(u.mT, n=size)  # a second derivative: autograd cannot follow what is written in place
     batch, length, dim = u.shape
     rows = u.new_empty(batch, dim, size)  # an FFT is fastest along the last axis
     rows[..., length:] = 0
@@ -153,7 +226,7 @@ def _waves(u: Tensor, size: int) -> Tensor:
     return torch.fft.rfft(rows)
 
 
-def _times(spectrum: Tensor, waves: Tensor, in_place: bool = False) -> Tensor:
+def _times(spectrum: Tensor, waves: Tensor, in_place: bool = True) -> Tensor:
     """``(B, D, n/2 + 1)`` times ``(G, n/2 + 1)``, each for D / G channels."""
     grouped, waves = spectrum.unflatten(1, (len(waves), -1)), waves.unsqueeze(1)
     return (grouped.mul_(waves) if in_place else grouped * waves).flatten(1, 2)

@@ -3,7 +3,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longseq_tutorial.mechanisms.fft import good_length, long_convolution, long_convolution_direct
+from longseq_tutorial.mechanisms import fft
+from longseq_tutorial.mechanisms.fft import (
+    circular_convolution,
+    circular_convolution_plain,
+    good_length,
+    long_convolution,
+    long_convolution_direct,
+)
 
 LENGTHS = [1, 2, 3, 7, 16, 31, 64, 97, 300]  # the last is turned in more than one tile
 
@@ -53,6 +60,50 @@ def test_gradients_can_be_differentiated():
     assert torch.autograd.gradgradcheck(lambda u, k, r: long_convolution(u, k, reverse_kernel=r), (u, k, r))
     assert torch.autograd.gradgradcheck(lambda u: long_convolution(u, k.detach()), (u,))
     assert torch.autograd.gradgradcheck(lambda k: long_convolution(u.detach(), k), (k,))
+
+
+@pytest.mark.parametrize("kernels", [1, 3, 12])
+@pytest.mark.parametrize(("piece", "channels"), [(1, 1), (1, 3), (200, 2), (300, 5), (1000, 1), (10**6, 8)])
+def test_pieces_change_nothing(monkeypatch, kernels, piece, channels):
+    """Kernels, channels and sequences, some at a time: values, gradients, and gradients of these."""
+    monkeypatch.setattr(fft, "WHOLE", 0)
+    monkeypatch.setattr(fft, "PIECE", piece)
+    monkeypatch.setattr(fft, "CHANNELS", channels)
+    u = torch.randn(5, 9, 12, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(kernels, 13, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 9, 12, dtype=torch.float64, requires_grad=True)
+    results = []
+    for form in (circular_convolution, circular_convolution_plain):
+        with torch.no_grad():
+            alone = form(u, kernel, 24)
+        y = form(u, kernel, 24)
+        grads = torch.autograd.grad((y * weight).sum(), (u, kernel), retain_graph=True)
+        assert not any(g.requires_grad for g in grads)
+        (of_u,) = torch.autograd.grad((form(u, kernel.detach(), 24) * weight).sum(), u)
+        (of_kernel,) = torch.autograd.grad((form(u.detach(), kernel, 24) * weight).sum(), kernel)
+        first = torch.autograd.grad((y * weight).sum(), (u, kernel), create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), (u, kernel, weight))
+        results.append([alone, y, *grads, of_u, of_kernel, *first, *second])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+
+
+def test_a_long_sequence_makes_no_tensor_of_all_channels(monkeypatch):
+    """On a CPU, nothing that is made on the way is larger than a piece."""
+    largest = []
+
+    def watched(u, size):
+        largest.append(u.shape[0] * u.shape[2] * size)
+        return waves(u, size)
+
+    waves = fft._waves
+    monkeypatch.setattr(fft, "_waves", watched)
+    u, kernel = torch.randn(1, 2**16, 64), torch.randn(64, 2**16)
+    long_convolution(u, kernel)
+    assert max(largest) <= fft.PIECE and len(largest) == 4
+    largest.clear()
+    long_convolution(u[:, : 2**14], kernel)
+    assert len(largest) == 1
 
 
 def test_nothing_wraps_around():
