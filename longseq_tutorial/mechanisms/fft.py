@@ -152,9 +152,12 @@ class _Convolution(torch.autograd.Function):
             for part in parts:
                 heard, spectrum = _waves(grad[part], size), next(saved)
                 if of_kernel:
-                    product = spectrum[0] * heard[0]
-                    for one, other in zip(spectrum[1:], heard[1:], strict=True):
-                        product.addcmul_(one, other)
+                    if in_pieces(u):  # one sequence after the other: no tensor as large as all
+                        product = spectrum[0] * heard[0]
+                        for one, other in zip(spectrum[1:], heard[1:], strict=True):
+                            product.addcmul_(one, other)
+                    else:
+                        product = (spectrum * heard).sum(0)
                     if len(product) > len(waves):  # one kernel for several channels
                         product = product.unflatten(0, (len(waves), -1)).sum(1)
                     together = product if together is None else together.add_(product)

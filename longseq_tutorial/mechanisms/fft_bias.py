@@ -156,9 +156,8 @@ def _sequence_product(lags: Tensor, v: Tensor) -> Tensor:
     size = good_length(2 * v.shape[1] - 1)  # so long that nothing wraps around
     with torch.autocast(v.device.type, enabled=False):
         circle = _circle(lags, [size], working_dtype(lags, v))
-        y = circular_convolution(
-            v.flatten(2).to(circle.dtype), circle, size
-        )  # (B, L, H * d): a kernel for d neighbours
+        # (B, L, H * d): a kernel for d neighbours
+        y = circular_convolution(v.flatten(2).to(circle.dtype), circle, size)
         return y.unflatten(2, v.shape[2:]).to(v.dtype)
 
 
