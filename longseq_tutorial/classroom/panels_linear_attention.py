@@ -136,8 +136,8 @@ class ImpliedAttention(Panel):
         return (
             f"{map} with {m} feature{'s' * (m != 1)}, q and k times {fmt(scale)}, "
             f"{'causal' if causal else 'both directions'}: the implied weights differ from softmax's by "
-            f"{fmt(100 * relative_error(got, wanted))} % of their size. A query of softmax reads, on average, from as "
-            f"many keys as {fmt(2 ** bits[0])} equal ones, here from {fmt(2 ** bits[1])}, of {wanted.shape[-1]}. "
+            f"{fmt(100 * relative_error(got, wanted))} % of their size. Of {wanted.shape[-1]} keys a query of softmax "
+            f"reads, on average, as from {fmt(2 ** bits[0])} equally weighted ones, here as from {fmt(2 ** bits[1])}. "
             f"Largest weight: softmax {fmt(float(wanted.max()))}, here {fmt(float(got.max()))}."
         )
 

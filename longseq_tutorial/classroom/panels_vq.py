@@ -183,6 +183,10 @@ def draw_codebook(ax: Axes, keys: Tensor, path: Tensor) -> None:
         regions % len(COLOURS), cmap=colours, vmin=0, vmax=len(COLOURS) - 1, alpha=0.22, origin="lower",
         extent=(x0, x1, y0, y1), aspect="equal",
     )  # fmt: skip
+    xs, ys = np.linspace(x0, x1, 110), np.linspace(y0, y1, 110)
+    inside = [(regions == code).double().numpy() for code in regions.unique().tolist()]
+    for region in inside if len(inside) > 1 else ():  # colours repeat, so neighbours may share one
+        ax.contour(xs, ys, region, levels=[0.5], colors="#777777", linewidths=0.6)
     ax.grid(False)
     ax.scatter(keys[:, 0].numpy(), keys[:, 1].numpy(), s=5, c=[COLOURS[i] for i in (names % len(COLOURS)).tolist()])
     for i in range(len(codebook)):

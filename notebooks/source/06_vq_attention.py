@@ -16,7 +16,7 @@
 # - derive $f(Q\hat K^\top)V = f(QC^\top)(\Delta V)$ in one line, and say which scores it allows and which it forbids;
 # - write attention over codes in six lines, causal by running sums, with an exact window, and as a stream whose state
 #   never grows;
-# - step around its four numerical traps;
+# - step around its numerical traps: rounded codewords, empty codes, phantom counts, and differences of large numbers;
 # - say what is lost, and how that depends on the number of codes and on the shape of the cloud of keys.
 #
 # **Where it comes from.** The mechanism is that of *Transformer-VQ* (Lucas D. Lingle, ICLR 2024), whose code is public;
@@ -172,8 +172,8 @@ def follow(keys, total, number, decay):
 
 # %% [markdown]
 # Live, in two dimensions: 600 keys on five islands, 12 codes that begin as keys drawn at random, each update with a
-# fresh handful of 128 keys. Discs are codes, thin lines the way they came, colours the region that a code names. Look at
-# what the codes do to the borders, and at how the islands are divided up.
+# fresh handful of 128 keys. Discs are codes, thin dark lines the way they came, colours and thin grey borders the region
+# that a code names (colours repeat). Look at what the codes do to the borders, and at how the islands are divided up.
 
 # %%
 cloud = islands()
@@ -471,7 +471,7 @@ print(
 #
 # `exp` of a large score overflows, so softmax subtracts the row's largest score first. *Which* largest? Suppose a dead code
 # lies far out, where no key is. Its score may be huge, its count is 0. Subtract its score, and every real term becomes
-# $e^{-\text{hundreds}} = 0$ in float32. Two cures that do not cure, and one that does:
+# $e^{-\text{hundreds}} = 0$ in float32. Two ways that fail, and one that holds:
 
 # %%
 torch.manual_seed(0)
@@ -567,9 +567,10 @@ for who, gap in gaps.items():
 # The second half is the trap that hides in the word *correct*. If the bias silences the near (here by a factor $e^{-18}$), the
 # correction subtracts from a large number almost all of it, and float32 keeps seven digits. A learned bias seldom goes
 # that far, but with *exact* keys in the window, where the weight $e^{q\cdot\hat k}$ is replaced by $e^{q \cdot k}$, it may.
-# The package therefore never subtracts. It cuts the queries into blocks; a block sees the $c + 2w$ keys around it one by one,
-# and *everything outside* through sums over codes, cumulated from the left end up to where its window begins, and from
-# the right end down to where it stops. Sums of what one wants instead of a difference of what one does not want.
+# The package therefore never subtracts. It cuts the queries into blocks of $c$; a block sees the $c + 2w$ keys around
+# it one by one, and *everything outside* through sums over codes, cumulated from the left end up to where its window
+# begins, and from the right end down to where it stops. Sums of what one wants instead of a difference of what one does
+# not want.
 #
 # ### Causal, by running sums
 #
@@ -1036,7 +1037,7 @@ print(rebuilt.set(codes=4, window=3, causal=True).say())
 #
 # Difficulty: ●○○ · Importance: ●●● · 10 minutes
 #
-# Write `nearest(k, codebook)`: `k (B, H, L, d)` and `codebook (H, S, d)` to names `(B, H, L)`, int64. Without a tensor of
+# Write `my_nearest(k, codebook)`: `k (B, H, L, d)` and `codebook (H, S, d)` to names `(B, H, L)`, int64. Without a tensor of
 # size $L \times S \times d$, as the one-liner of the text made it.
 #
 # <details><summary>Hint 1</summary>
@@ -1069,8 +1070,8 @@ check_nearest(my_nearest)
 #
 # Difficulty: ●○○ · Importance: ●●● · 10 minutes
 #
-# Write `code_sums(v, z, codes)`: values `(B, H, L, e)` and names `(B, H, L)` to the sums $\Delta V$, `(B, H, S, e)`, and the counts
-# $\Delta 1$, `(B, H, S)`, both in the dtype of `v`.
+# Write `my_code_sums(v, z, codes)`: values `(B, H, L, e)` and names `(B, H, L)` to the sums $\Delta V$, `(B, H, S, e)`, and the
+# counts $\Delta 1$, `(B, H, S)`, both in the dtype of `v`.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -1268,11 +1269,12 @@ for t in range(3):
     print(f"update {t}: names equal: {torch.equal(z, step['z'].long())}; everything else {below(worst, 1e-9)}")
 
 # %% [markdown]
-# The other runs its attention over 24 tokens: blocks of 4 with a memory of 4, and blocks of 3 with a memory of 6. Positions
-# enter there as in Transformer-XL: recent pairs get an extra score $(q_i + v)\cdot r_{i-j}$, with $r$ a projected sinusoid of the
-# distance, and every score uses $q_i + u$. Both fit through the doors of `vq_attention_blocks`: $q + u$ as the query, the
-# extra score as `bias`. We compare the output, the state after the last block, and the gradients, once with gradients
-# through the carried state and once with the state cut off at every block (`stop_cache`).
+# The other runs its attention over 24 tokens: blocks of 4 with a memory of 4, and blocks of 3 with a memory of 6.
+# Positions enter there as in Transformer-XL: recent pairs get an extra score $(q_i + b)\cdot r_{i-j}$, with $r$ a
+# projected sinusoid of the distance, and every score uses $q_i + a$, with two learned vectors $a$, $b$ for each head
+# (`xl_u`, `xl_v` in the file). Both fit through the doors of `vq_attention_blocks`: $q + a$ as the query, the extra
+# score as `bias`. We compare the output, the state after the last block, and the gradients, once with gradients through
+# the carried state and once with the state cut off at every block (`stop_cache`).
 
 # %%
 for case in ("a_", "b_"):

@@ -533,11 +533,12 @@ show(
 )
 
 # %% [markdown]
-# So the promise holds. (The package works through long sequences in segments that fit a processor's cache, so what it
-# needs beside input and output hardly grows.) But there is a footnote that is often left out: *below some hundreds of
-# tokens the fused softmax is faster*. (The legend names the crossing on the machine that built this page; wider heads and
-# more features push it up.) Its arithmetic is quadratic, but it is one well-made call, and a chunk of 128 pairs is quadratic
-# as well. Linear attention is for *long* sequences.
+# So the promise holds. (The package works through long sequences in segments that fit a processor's cache: here, up to
+# 8,192 tokens, causal attention needs at most about 5 MB beside its output. Beyond that the peak is the output itself,
+# held twice: in segments, and put together.) But there is a footnote that is often left out: *below some hundreds of
+# tokens the fused softmax is faster*. (The legend names the crossing on the machine that built this page; wider heads
+# and more features push it up.) Its arithmetic is quadratic, but it is one well-made call, and a chunk of 128 positions
+# is quadratic inside as well. Linear attention is for *long* sequences.
 
 # %% [markdown]
 # ## Why this is fast
@@ -643,7 +644,9 @@ show(
 # %% [markdown]
 # The step that brought most is the one from a state per position to a state per chunk: the same algebra, more
 # operations, and many times faster. The right panel says how much care the choice of $C$ needs: hardly any, between 32 and
-# 256 the valley is wide. At its left edge the memory is the brake, at its right edge the pairs.
+# 256 the valley is wide. At its right edge it is the pairs, as billed. At its left edge there is an $S$ for every four
+# positions, which this form writes, pads, sums and reads again, in many tiny products: there it lies farthest above its
+# bill.
 #
 # The second step is no algebra at all. *All at once*, the pairs of 16,384 positions are a tensor of 8 MB, fresh memory
 # that the system must hand out page by page. The package takes segments of several chunks, whose tensors stay in the
@@ -1060,8 +1063,8 @@ check_linear_step(linear_step)
 # Difficulty: ●●○ · Importance: ●●○ · 15 minutes
 #
 # Write `safe_sikf(q, k, v)`: SIKF attention of every query over all keys, $\varepsilon = 0$, in the precision given, `q` and
-# `k` `(B, H, L, d)`, `v` `(B, H, L, d_v)`. It must also be right for entries around 300 in float32, and for a batch in
-# which one sequence lies far below the other.
+# `k` `(B, H, L, d)`, `v` `(B, H, L, d_v)`. It must also be right for entries around 300 in float32, and where one sequence,
+# one head or one query lies far below the others.
 #
 # <details><summary>Hint 1</summary>
 #

@@ -115,7 +115,7 @@ for (upper, lower), preset in zip(axes.T, ("shift", "smooth", "difference"), str
     fig.colorbar(image, ax=upper, shrink=0.8)
     lower.plot(signal, color="#999999", marker="", label="before")
     lower.plot(outputs[preset], marker="", color=OKABE_ITO["vermilion"], label="after")
-    lower.set(xlabel="position (steps)", ylim=(-1.5, 1.5))
+    lower.set(xlabel="position (steps)", ylabel="value" if preset == "shift" else "", ylim=(-1.5, 1.5))
 axes[1, 0].legend(fontsize="small", loc="lower left")
 moved = torch.equal(outputs["shift"][8:], signal[:-8])
 show(
@@ -587,19 +587,23 @@ fig, ax = plt.subplots(figsize=(9, 3.4))
 ax.plot(neighbours, exact, label="exactly 2L - 1 points")
 ax.plot(neighbours, rounded, label="good_length(2L - 1) points")
 for size, milliseconds, prime in zip(neighbours, exact, primes, strict=True):
-    ax.annotate(str(prime), (size, milliseconds), xytext=(0, 5), textcoords="offset points", fontsize=7, ha="center")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # the line may pass behind
+    place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+    ax.annotate(str(prime), (size, milliseconds), fontsize=7, bbox=box, **place)
 ax.set(xlabel="length L (steps)", ylabel="time (ms)", ylim=(0, 1.2 * max(exact)), xticks=neighbours[::2])
 ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 show(
     fig,
     f"""Time of one product for 20 neighbouring lengths, with exactly 2L-1 points, and with a good number of
     points, here {" or ".join(map(str, sorted({good_length(2 * size - 1) for size in neighbours})))}. The largest
-    prime factors of 2L-1 go from {min(primes)} to {max(primes)}. The exact length takes, in the middle of all 20,
+    prime factors of 2L-1 go from {min(primes)} to {max(primes)}. The exact length takes, in the median of the 20,
     more than one and a half times as long as the good one: {np.median(exact) > 1.5 * np.median(rounded)}.""",
 )
 
 # %% [markdown]
-# That is a factor for nothing: rounding up changes no result, and costs at most a few zeros.
+# Which prime it is hardly matters: nearly every length takes the same detour. The jump after 4,096 fits a detour over a
+# power of two of points, at least twice $2L-1$, which doubles there. Rounding up is a gain for free: it changes no result,
+# and costs a few percent more zeros (in short sequences a tenth, or a handful).
 
 # %% [markdown]
 # ## Why this is fast
@@ -748,8 +752,8 @@ show(
 )
 
 # %% [markdown]
-# Below some hundred positions there is nothing to gain: the matrix, once it is there, is as fast. From then on its line
-# rises with the length, and the FFTs' far more slowly.
+# Below some hundred positions the matrix, once it is there, is several times faster: do not bother with an FFT. From then
+# on its line rises with the length, and the FFTs' far more slowly.
 #
 # What brought most? For awkward lengths, `good_length`, as seen above. For all others it is the turning. Along time,
 # the FFT's neighbours lie 64 numbers apart, and in a long sequence it works far from its floor. Turned as a whole, it
@@ -759,7 +763,8 @@ show(
 # there is nothing to win.
 #
 # The package's form is the third one: on a CPU it turns 512 positions at a time, so that the longer lines of its copies
-# make up for a larger share of the cache.
+# make up for a larger share of the cache. In short sequences it is a little slower than the plain forms; it pays in long
+# ones, and with gradients.
 #
 # With gradients a second step counts. Autograd takes an `rfft` back by a *complex* transform of all $n$ waves,
 # half of them zeros, and throws the imaginary part away. But we know what the gradients are: a product with the
@@ -826,8 +831,8 @@ print("separable = full with w[dx, dy] = w[dx] + w[dy], error", below(as_full.ab
 
 # %% [markdown]
 # What is lost by the sum? In the upper row of the figure you see weights, over the offsets $(x-x', y-y')$: a separable
-# bias is always a *cross*, the full one is whatever you like. Below, what each makes of a drawn "5". Look at how much
-# of the 5 is left in the first.
+# bias is always a sum of horizontal and vertical *stripes* (a cross, if the list has a single spike), the full one is
+# whatever you like. Below, what each makes of a drawn "5". Look at how much of the 5 is left in the first.
 
 # %%
 side = 28
@@ -856,7 +861,7 @@ axes[0, 0].imshow(picture.numpy())
 axes[0, 0].set(title="the picture")
 axes[1, 0].plot(picture.sum(1), marker="", label="of rows")
 axes[1, 0].plot(picture.sum(0), marker="", linestyle="--", label="of columns")
-axes[1, 0].set(title="its sums", xlabel="x or y")
+axes[1, 0].set(title="its sums", xlabel="x or y", ylabel="sum")
 axes[1, 0].legend(fontsize="x-small", loc="upper right")
 axes[1, 0].set_ylim(0, 1.6 * float(picture.sum(1).max()))
 for (upper, lower), (name, w) in zip(axes.T[1:], weights.items(), strict=True):
@@ -1034,9 +1039,9 @@ show(
 # written there*. (It does better than chance, since it may add up everything that is shown and guess from that, and
 # some tokens show their own secret.) Together, in the same layer, over the same values, they have both.
 #
-# For softmax attention there were two places for a bias. *Inside*, added to the scores (chapter 03), it works by way of
-# contents: it favours a key that the query wants anyway. *Beside*, as here, it reads what it reads, whatever the query
-# says. The first needs the matrix of scores; the second works with any attention.
+# For softmax attention there were two places for a bias. *Inside*, added to the scores (chapter 03), it multiplies the
+# weight that contents give: distance and contents bargain over one total of 1. *Beside*, as here, it reads what it reads,
+# whatever the query says. The first needs the matrix of scores; the second works with any attention.
 #
 # And with weights on *relative* offsets, what has been learned at 48 tokens holds for longer sequences, too: 5 back is
 # 5 back. That goes for the shift, at least:
@@ -1083,8 +1088,9 @@ print("with the mask:", below(careful, 1e-12))
 # **3 · Causal up to rounding.** As in chapter 01: in the frequency domain everything touches everything, and the future
 # cancels out of the past only almost. Tests of causality need a tolerance.
 #
-# **4 · Half precision.** An FFT adds thousands of numbers; with the eight bits of bfloat16 little would be left of it.
-# The package's transforms run in float32 or better, also under autocast, and return the values' own type.
+# **4 · Half precision.** An FFT adds thousands of numbers; with the eight *significant* bits of bfloat16 little would
+# be left of it. The package's transforms run in float32 or better, also under autocast, and return the values' own
+# type.
 
 # %%
 with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -1242,7 +1248,7 @@ check_toeplitz_product(my_toeplitz_product)
 #
 # Write the published bias of a square image, `separable(lags, v)`: `lags (H, 2S-1)`, one list for both axes, and `v (B,
 # S, S, H, d)`, to `(B, S, S, H, d)` with the weights $w_{x-x'} + w_{y-y'}$. Use the package's `toeplitz_product`,
-# twice, and no image larger than the one you were given.
+# twice, and build nothing larger than `v`.
 #
 # <details><summary>Hint 1</summary>
 #

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longseq_tutorial.classroom.exercises import Verdict, check
+from longseq_tutorial.classroom.watching import reject, watch
 from longseq_tutorial.mechanisms import fft_bias
 
 __all__ = [
@@ -21,8 +22,25 @@ __all__ = [
 ]
 
 
+LONG = 100  # positions: the FFT needs a few dozen operations on 2 LONG numbers
+
+
 def _draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _by_fft(candidate: Any, verdict: Verdict, name: str, long: tuple[Tensor, Tensor]) -> Verdict:
+    """The verdict, or, where the way of one head and channel over LONG positions is another, what to do about it."""
+    if not verdict.ok:
+        return verdict
+    seen = watch(torch.enable_grad()(candidate), *long)  # a reader may differentiate
+    if seen.largest >= LONG**2:
+        cause = "an L x L matrix"
+    elif seen.operations >= 2 * LONG:
+        cause = "a loop over positions or offsets"
+    else:
+        return verdict
+    return reject(name, "not through the FFT.", f"{cause}. Transform, multiply, transform back.")
 
 
 # ---- the matrix --------------------------------------------------------------------------------------------------
@@ -163,7 +181,8 @@ def check_toeplitz_product(candidate: Any) -> Verdict:
     def case(batch: int, length: int, heads: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
         return _draw(heads, 2 * length - 1, seed=seed), _draw(batch, length, heads, width, seed=seed + 1)
 
-    return check(
+    long = case(1, LONG, 1, 1, 55)
+    verdict = check(
         candidate,
         toeplitz_product,
         name="toeplitz_product",
@@ -172,6 +191,7 @@ def check_toeplitz_product(candidate: Any) -> Verdict:
             case(1, 1, 2, 2, 30),
             case(2, 12, 1, 2, 40),
             tuple(t.float() for t in case(1, 31, 2, 1, 50)),
+            long,
         ],
         suspects={
             "a circle of L points: the far end wraps around. Give the FFT at least 2L - 1 points": lambda w, v: (
@@ -196,6 +216,7 @@ def check_toeplitz_product(candidate: Any) -> Verdict:
         },
         verified="No L x L matrix was needed.",
     )
+    return _by_fft(candidate, verdict, "toeplitz_product", long)
 
 
 # ---- the separable image -----------------------------------------------------------------------------------------
@@ -225,11 +246,12 @@ def check_separable(candidate: Any) -> Verdict:
     def case(batch: int, side: int, heads: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
         return _draw(heads, 2 * side - 1, seed=seed), _draw(batch, side, side, heads, width, seed=seed + 1)
 
-    return check(
+    large = case(1, 16, 1, 1, 85)
+    verdict = check(
         candidate,
         separable,
         name="separable",
-        cases=[case(2, 4, 2, 3, 60), case(1, 1, 1, 2, 70), case(1, 5, 3, 1, 80)],
+        cases=[case(2, 4, 2, 3, 60), case(1, 1, 1, 2, 70), case(1, 5, 3, 1, 80), large],
         suspects={
             "rows and columns are exchanged: the sum over y is a list over x, and has to spread over y": lambda w, v: (
                 joined(product(w, v.sum(1)), product(w, v.sum(2)))
@@ -249,6 +271,13 @@ def check_separable(candidate: Any) -> Verdict:
             "past and future are exchanged": lambda w, v: fft_bias.toeplitz_product_2d(w.flip(-1), v),
         },
         verified="For an image of S x S pixels that is two products of length S.",
+    )
+    if not verdict.ok or watch(torch.enable_grad()(candidate), *large).largest <= large[1].numel():
+        return verdict
+    return reject(
+        "separable",
+        "something larger than v was built.",
+        "a padded image, or a matrix for all pairs of pixels. Sum over one axis first: what is left is short.",
     )
 
 
@@ -283,11 +312,12 @@ def check_lag_gradient(candidate: Any) -> Verdict:
         shape = (batch, length, heads, width)
         return _draw(*shape, seed=seed), _draw(*shape, seed=seed + 1)
 
-    return check(
+    long = case(1, LONG, 1, 1, 120)
+    verdict = check(
         candidate,
         lag_gradient,
         name="lag_gradient",
-        cases=[case(2, 6, 2, 3, 90), case(1, 1, 1, 2, 100), case(3, 11, 1, 2, 110)],
+        cases=[case(2, 6, 2, 3, 90), case(1, 1, 1, 2, 100), case(3, 11, 1, 2, 110), long],
         suspects={
             "g and v are exchanged: offset i - j stands at the index of j - i": lambda g, v: _correlation(v, g),
             "a convolution in place of a correlation: the conjugate of v's spectrum is missing": convolved,
@@ -307,3 +337,4 @@ def check_lag_gradient(candidate: Any) -> Verdict:
         },
         verified="It is what autograd finds for the weights.",
     )
+    return _by_fft(candidate, verdict, "lag_gradient", long)

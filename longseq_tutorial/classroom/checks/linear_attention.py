@@ -187,6 +187,11 @@ def _shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (phi_q @ S) / (phi_q @ z)
 
 
+def _less(of_q: Any, of_k: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The largest over these axes is taken out of the queries, and of the keys."""
+    return lambda q, k, v: _shifted(q - q.amax(of_q, keepdim=True), k - k.amax(of_k, keepdim=True), v)
+
+
 def check_safe_sikf(candidate: Any) -> Verdict:
     """Exercise 3: ``safe_sikf(q, k, v)``, SIKF attention (eps 0) that survives large entries in single precision."""
 
@@ -227,17 +232,21 @@ def check_safe_sikf(candidate: Any) -> Verdict:
             ),
             "the denominator is missing": lambda q, k, v: q.exp() @ (k.exp().mT @ v),
         },
-        verified="Also for entries of 300, whose exponential no float32 can hold, and for batches of unequal size.",
+        verified="Also for entries of 300, whose exponential no float32 can hold, and where a sequence, a head or a "
+        "query lies far below the others.",
     )
     if not verdict.ok:
         return verdict
     q, k, v = case(12, 3, 110, shift=300.0, dtype=single)
     uneven = torch.tensor([-400.0, 0.0]).view(2, 1, 1, 1)  # one sequence far below the other
+    heads = uneven.view(1, 2, 1, 1)  # one head
+    low = torch.zeros(2, 2, 12, 1)  # one query, and its key
+    low[:, :, 0] = -400.0
     large = check(
         candidate,
         _safe_sikf,
         name="safe_sikf",
-        cases=[(q, k, v), (q + uneven, k + uneven, v)],
+        cases=[(q, k, v), (q + uneven, k + uneven, v), (q + low, k + low, v), (q + heads, k + heads, v)],
         tolerance=1e-3,
         suspects={
             "exp of the numbers as they are, which overflows in float32 beyond 88: take the largest out before exp, "
@@ -249,7 +258,16 @@ def check_safe_sikf(candidate: Any) -> Verdict:
                 _shifted(q, k - k.amax((-2, -1), keepdim=True), v)
             ),
             "one largest for the whole batch: a sequence far below it underflows to 0. Each query needs its own, and "
-            "the keys of each sequence and head": lambda q, k, v: _shifted(q - q.max(), k - k.max(), v),
+            "the keys of each sequence and head": _less((0, 1, 2, 3), (0, 1, 2, 3)),
+            "one largest for the keys of the whole batch: those of a sequence far below it underflow to 0. The keys of "
+            "each sequence and head need their own": _less(-1, (0, 1, 2, 3)),
+            "one largest for all heads of a sequence: a head far below it underflows to 0. Each query needs its own, "
+            "and the keys of each head": _less((1, 2, 3), (1, 2, 3)),
+            "one largest for the keys of all heads: those of a head far below it underflow to 0. The keys of each head "
+            "need their own": _less(-1, (1, 2, 3)),
+            "one largest for all queries of a head: a query far below it underflows to 0. Each query needs its own": (
+                _less((-2, -1), (-2, -1))
+            ),
         },
         gradients=False,
     )

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from longseq_tutorial.classroom.exercises import Verdict, check
+from longseq_tutorial.classroom.watching import watch
 from longseq_tutorial.mechanisms.vq_attention import code_sums, codewords, nearest_code, straight_through
 
 __all__ = [
@@ -79,27 +78,13 @@ def check_nearest(candidate: Any) -> Verdict:
     )
     if not verdict.ok:
         return verdict
-    k, codebook = _keys(1, 1, 50, 40, 30, 35)
-    with _Largest() as seen:
-        candidate(k, codebook)
-    if seen.numel < 50 * 30 * 40:
+    if watch(candidate, *_keys(1, 1, 50, 40, 30, 35)).largest < 50 * 30 * 40:
         return verdict
     return Verdict(
         "wrong",
         "✗ nearest: the names are right, but a tensor of size length x codes x width was made on the way.\n"
         "  likely cause: the difference k - C of every pair. Multiply the square out: k @ codebook.mT is enough.",
     )
-
-
-class _Largest(TorchDispatchMode):
-    """Remembers the size of the largest result of any operation."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
-        return out
 
 
 # ---- sums per code ---------------------------------------------------------------------------------------------------

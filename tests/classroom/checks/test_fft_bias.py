@@ -49,10 +49,12 @@ def gradient(g, v):
     return torch.fft.irfft(spectrum.sum((0, 3)).T, n=n).roll(length - 1, -1)[:, : 2 * length - 1]
 
 
-def by_autograd(g, v):
-    lags = torch.zeros(v.shape[2], 2 * v.shape[1] - 1, dtype=v.dtype, requires_grad=True)
-    y = fft_bias.toeplitz_product_dense(lags, v)
-    return torch.autograd.grad((y * g).sum(), lags, create_graph=True)[0]
+def by_autograd(product):
+    def gradient(g, v):
+        lags = torch.zeros(v.shape[2], 2 * v.shape[1] - 1, dtype=v.dtype, requires_grad=True)
+        return torch.autograd.grad((product(lags, v) * g).sum(), lags, create_graph=True)[0]
+
+    return gradient
 
 
 def stub(*args):
@@ -77,10 +79,10 @@ def test_solution_is_accepted_and_stub_seen(check):
 
 def test_other_ways_to_the_same_are_accepted():
     assert_accepts(check_toeplitz_matrix, lambda w: w.flip(-1).unfold(-1, (w.shape[-1] + 1) // 2, 1).flip(-2))
-    assert_accepts(check_toeplitz_product, fft_bias.toeplitz_product_dense)
+    assert_accepts(check_toeplitz_product, fft_bias.toeplitz_product)
     assert_accepts(check_toeplitz_product, product_with(n=lambda length: 2 * length - 1))
-    assert_accepts(check_separable, fft_bias.toeplitz_product_2d_dense)
-    assert_accepts(check_lag_gradient, by_autograd)
+    assert_accepts(check_separable, fft_bias.toeplitz_product_2d)
+    assert_accepts(check_lag_gradient, by_autograd(fft_bias.toeplitz_product))
 
 
 # ---- wrong answers -------------------------------------------------------------------------------------------------
@@ -145,6 +147,18 @@ def folded(lags, n):
     return lags.new_zeros(len(lags), n).index_add(1, torch.arange(1 - length, length) % n, lags)
 
 
+def pair_by_pair(lags, v):
+    length = v.shape[1]
+    rows = [sum(lags[:, i - j + length - 1, None] * v[:, j] for j in range(length)) for i in range(length)]
+    return torch.stack(rows, dim=1)
+
+
+def row_by_row(lags, v):
+    length = v.shape[1]
+    turned = lags.flip(-1).T[None, :, :, None]
+    return torch.stack([(turned[:, length - 1 - i : 2 * length - 1 - i] * v).sum(1) for i in range(length)], dim=1)
+
+
 def conjugate(lags, v):
     n = 2 * v.shape[1]
     spectrum = torch.fft.rfft(circle(lags, n)).conj().T[None, :, :, None]
@@ -166,6 +180,10 @@ def conjugate(lags, v):
         (product_with(n=lambda length: 2 * length - 1, n_back=False), ["irfft without n"]),
         (lambda w, v: product_with()(w, v).detach(), ["gradient"]),
         (lambda w, v: product_with()(w, v) / v.shape[1], ["size of axis"]),
+        (fft_bias.toeplitz_product_dense, ["values are right", "not through the FFT", "an L x L matrix"]),
+        (lambda w, v: torch.einsum("hij,bjhd->bihd", matrix(w), v), ["not through the FFT", "an L x L matrix"]),
+        (pair_by_pair, ["not through the FFT", "a loop over positions"]),
+        (row_by_row, ["not through the FFT", "a loop over positions"]),
     ],
 )
 def test_product_mistakes(wrong, words):
@@ -195,15 +213,37 @@ P = fft_bias.toeplitz_product
         (lambda w, v: P(w, v.sum(1))[:, None] + 0 * v, ["only the second axis"]),
         (lambda w, v: separable(w.flip(-1), v), ["past and future"]),
         (lambda w, v: P(w, v.sum(2)), ["shape"]),
+        (fft_bias.toeplitz_product_2d_dense, ["values are right", "larger than v", "all pairs of pixels"]),
+        (
+            lambda w, v: fft_bias.toeplitz_product_2d_full(w[:, :, None] + w[:, None], v),
+            ["values are right", "larger than v", "a padded image"],
+        ),
     ],
 )
 def test_separable_mistakes(wrong, words):
     assert_rejects(check_separable, wrong, *words)
 
 
+def offset_by_offset(g, v):
+    """As the chapter checks it: a sum over i for each s."""
+    n = v.shape[1]
+    ends = [(max(0, s), n + min(0, s)) for s in range(1 - n, n)]
+    sums = [(g[:, a:b] * v[:, n - b : n - a]).sum((0, 1, 3)) for a, b in ends]
+    return torch.stack(sums, dim=-1)
+
+
+def every_pair(g, v):
+    n = v.shape[1]
+    sums = [sum((g[:, i] * v[:, i - s]).sum((0, 2)) for i in range(n) if 0 <= i - s < n) for s in range(1 - n, n)]
+    return torch.stack(sums, dim=-1)
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
+        (by_autograd(fft_bias.toeplitz_product_dense), ["values are right", "not through the FFT", "an L x L matrix"]),
+        (offset_by_offset, ["not through the FFT", "a loop over positions"]),
+        (every_pair, ["not through the FFT", "a loop over positions"]),
         (lambda g, v: gradient(v, g), ["g and v are exchanged"]),
         (lambda g, v: gradient(g, v.flip(1)), ["conjugate"]),
         (lambda g, v: gradient(g, v).roll(1 - v.shape[1], -1), ["not in order"]),
