@@ -35,7 +35,10 @@ def test_one_graph_computes_the_same(name, monkeypatch, whole=True):
     mask = torch.arange(37).expand(3, 37) < torch.tensor([[37], [20], [4]])
     step(plain, plain, x, mask)  # codebooks begin
     model.load_state_dict(plain.state_dict())
-    for one in (plain, model):  # as a session of training does: what was loaded is looked at before anything is compiled
+    for one in (
+        plain,
+        model,
+    ):  # as a session of training does: what was loaded is looked at before anything is compiled
         step(one, one, x, mask)
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda m, **options: original(m, backend="aot_eager", **options))
