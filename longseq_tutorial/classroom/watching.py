@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from longseq_tutorial.classroom.exercises import Verdict
 
-__all__ = ["Watched", "reject", "watch"]
+__all__ = ["Watched", "reject", "watch", "without_a_loop"]
 
 
 class Watched(TorchDispatchMode):
@@ -40,3 +40,15 @@ def watch(function: Callable[..., Any], *arguments: Any) -> Watched:
 def reject(name: str, but: str, cause: str) -> Verdict:
     """The verdict on a solution whose values are right but whose way is not what was asked for."""
     return Verdict("wrong", f"✗ {name}: the values are right, but {but}\n  likely cause: {cause}")
+
+
+def without_a_loop(
+    verdict: Verdict, name: str, solution: Callable[..., Any], few: tuple[Any, ...], many: tuple[Any, ...], cause: str
+) -> Verdict:
+    """Reject a right solution whose operations grow from the arguments ``few`` to the longer ones ``many``."""
+    if not verdict.ok:
+        return verdict
+    short, long = (watch(solution, *arguments).operations for arguments in (few, many))
+    if long <= 2 * short:
+        return verdict
+    return reject(name, f"a short input took {short:,} operations and a long one {long:,}.", cause)

@@ -38,9 +38,10 @@ torch.set_num_threads(1)  # what is counted here does not depend on it; what fus
 # ## One picture each
 #
 # Read each diagram from the bottom to the top. Blue is what hears the whole sequence cheaply, orange is attention, green
-# decides how much of something is taken, pink knows about positions. Look for the pair of blue and orange in every one of
-# them, and ask what the orange box was spared by the blue one. (Five pictures for seven names: Mega and Mega-chunk differ
-# in how far their attention sees, and the baseline, the Transformer, has nothing blue: it attends to everything.)
+# decides how much of something is taken, pink knows about positions. Look for the pair of blue and orange, and ask what
+# the orange box was spared by the blue one; in one picture pink plays blue's part. (Five pictures for seven names: Mega
+# and Mega-chunk differ in how far their attention sees, and the baseline, the Transformer, has nothing blue: it attends
+# to everything.)
 
 # %%
 fig, axes = plt.subplots(2, 3, figsize=(11.5, 8.6))
@@ -64,8 +65,9 @@ show(
 
 # %% [markdown]
 # **Mega** (chapters 01 and 03). The EMA smooths what came in, and everything that decides reads the smoothed copy:
-# queries, keys, both gates. Values come from the input itself. The update gate is the residual connection. *Mega-chunk*
-# (04) is the same picture with attention kept inside blocks; news crosses a border in the blue box only.
+# queries, keys, both gates, and half of the candidate. Values come from the input itself. The update gate is the
+# residual connection. *Mega-chunk* (04) is the same picture with attention kept inside blocks; news crosses a border in
+# the blue box only.
 #
 # **SeqBoat** (05). No update gate, no feed-forward layer. Every token passes the EMA and a linear map; a switch decides
 # which ones attend besides. Those are packed together, attend among each other, and go back to their places, weighed by the
@@ -219,7 +221,7 @@ one_layer = {
     "spade": {"heads": 4, "ffn_dim": 128, "window": 128},
     "transformer": {"heads": 4, "ffn_dim": 128},
 }
-torch.manual_seed(0)
+torch.manual_seed(3)  # one whose counts lie far from where a figure of the table would round the other way
 line = torch.randint(1, 27, (1, 65536))
 stacks, counts, cost = {}, {}, {}
 for name in NAMES:
@@ -294,8 +296,8 @@ show(
 # prepared once whatever the length (the tables of SPADE's S4). FastRPB rises by a hair: that is the logarithm in its
 # FFT. In the right picture nobody climbs, not even full attention: that is the work of tiles and fused calls (chapters
 # 03 and 04). The map is never held, but it is still computed. Who falls there works in a space of fixed size, which
-# ever more tokens share. And look who lies at the bottom: when it reads a long sequence, the Transformer no longer runs
-# out of memory. It runs out of time.
+# ever more tokens share. And look who lies at the bottom: when it reads a long sequence in one pass without gradients,
+# the Transformer no longer runs out of memory. It runs out of time.
 #
 # ### The panel: part by part
 #
@@ -353,16 +355,18 @@ for name in ("mega", "transformer"):
 #
 # ## How far does a token hear?
 #
-# The gradient of one output with respect to all inputs says who is heard, and how loudly. For each model we take two layers
-# with fresh parameters, 96 tokens, windows and chunks of 16, and average over a few random inputs. Each picture is a matrix: row
-# = who listens, column = who is heard, brightness on a logarithmic scale. Look for borders, bands, and full squares.
+# The gradient of one output with respect to all inputs says who is heard, and how loudly. For each model we take two
+# layers with fresh parameters, 96 tokens, windows and chunks of 16, and add up two random inputs. In the gated units
+# (Mega, Mega-chunk, LongVQ, SeqBoat) attention begins almost silent: its output weights are turned up fifty times, so
+# compare shapes, not brightness, between models. Each picture is a matrix: row = who listens, column = who is heard,
+# brightness on a logarithmic scale. Look for borders, bands, and full squares.
 
 # %%
 LONG = 96
 
 
 def hearing(layers):
-    """Mean size of d output i / d input j, ``(LONG, LONG)``, each row relative to its largest entry."""
+    """Size of d output i / d input j over two inputs, ``(LONG, LONG)``, each row relative to its largest entry."""
     total = torch.zeros(LONG, LONG)
     for _ in range(2):
         h = embedded = torch.randn(1, LONG, 16, requires_grad=True)
@@ -520,8 +524,9 @@ check_products_a_token(products_a_token)
 # %% [markdown]
 # ## What to remember
 #
-# - Every system pairs something cheap that hears everything (EMA, S4, a Toeplitz bias, codes) with attention that has been
-#   made affordable: cut (chunks, windows), called rarely (activation), or made coarse (codes, feature maps).
+# - Every system but Mega itself pairs something cheap that hears everything (EMA, S4, a Toeplitz bias, codes) with
+#   attention that has been made affordable: cut (chunks, windows), called rarely (activation), or made coarse (codes,
+#   feature maps). Mega pairs it with full attention.
 # - Same frame, different mixer: embedding, pooling and head are shared, so comparisons are about the middle.
 # - Operations per token that do not depend on the length, a state that stops growing, a receptive field that fills the
 #   square: these three can be measured before anything is trained.

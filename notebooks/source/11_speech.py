@@ -7,8 +7,8 @@
 # no model could read that many. Can the models of this course read the numbers themselves, and learn what to listen for?
 #
 # Here they do: each of them hears which digit somebody says. You watch one learn within seconds; then you take all
-# seven, trained on a laptop's two cores on recorded voices, listen to what they hear, ask what they have learned, and
-# spoil their input until they fail. Afterwards you will be able to
+# seven, trained on one core of an ordinary processor on recorded voices, listen to what they hear, ask what they have
+# learned, and spoil their input until they fail. Afterwards you will be able to
 #
 # * say what a waveform is, and count why attention over its samples is hopeless;
 # * read it in two other ways: in patches, and with kernels as long as the clip;
@@ -30,7 +30,7 @@ from IPython.display import Audio
 from torch import nn
 
 import longseq_tutorial
-from longseq_tutorial import models, published, tasks, training
+from longseq_tutorial import models, published, results, tasks, training
 from longseq_tutorial.classroom import OKABE_ITO, below, fmt, show, use_style
 from longseq_tutorial.classroom.filters import centre_and_width, half_rate, kernels, mel_bank, memory
 from longseq_tutorial.classroom.panels_speech import Listening
@@ -46,6 +46,7 @@ from longseq_tutorial.classroom.sound import (
 from longseq_tutorial.mechanisms.ema import ema_kernel
 from longseq_tutorial.mechanisms.s4 import s4d_init, s4d_kernel
 from longseq_tutorial.models.parts import PatchEmbedding
+from longseq_tutorial.models.transformer import SinusoidalPositions
 from longseq_tutorial.training import recipes
 
 use_style()
@@ -140,11 +141,12 @@ batch, layers = recipes.get("speech", "mega", "paper").batch, models.configs.pub
 print(f"weights of a batch of {batch} in {layers} layers: {batch * layers * 4 * 16_000**2 / 2**30:.0f} GiB")
 
 # %% [markdown]
-# Nearly a gigabyte of weights for each clip, head and layer; and for a batch, all layers together, more than fits a GPU
-# (the last line takes batch and layers of the Mega paper's model). A fused kernel that never keeps the weights
+# Nearly a gigabyte of weights for each clip, head and layer; and for a batch, all layers together, more than most GPUs
+# hold (the last line takes batch and layers of the Mega paper's model). A fused kernel that never keeps the weights
 # (notebook 03) saves the memory, but not one of the products. And doubling the rate, which one hardly hears in speech,
-# makes everything four times as dear. That is what "hopeless" means here: not that it cannot be computed, but that one
-# pays for comparing each sample with each, where neighbours say nearly the same.
+# makes full attention four times as dear; chunks and the convolution about twice, and patches of 10 ms not at all. That
+# is what "hopeless" means here: not that it cannot be computed, but that one pays for comparing each sample with each,
+# where neighbours say nearly the same.
 #
 # What has been published on ten words of Speech Commands, sample by sample:
 
@@ -245,7 +247,7 @@ print("S4D's modes answer most at", ", ".join(f"{f:.0f}" for f in fork_peak), "H
 print("as Im(A) dt says, to 2 Hz:", bool((ring - fork_peak).abs().max() < 2))
 print("EMAs answer most at 0 Hz: ", bool((mean_peak == 0).all()))
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.2))
+fig, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.2))
 time = np.arange(480) / RATE * 1000
 left.plot(time, forks[0, :480] / forks[0].abs().max(), marker="", label="a mode of S4D")
 left.plot(time, means[2, :480] / means[2].max(), marker="", label="an EMA")
@@ -259,7 +261,7 @@ for bank, colour, name in ((forks, OKABE_ITO["blue"], "modes of S4D"), (means, O
         style = "-" if name == "EMAs" else "--"
         right.plot(frequency / 1000, row, color=colour, linestyle=style, marker="", label=None if i else name)
 right.set(xlabel="frequency (kHz)", ylabel="answer (dB)", xlim=(0, 2.5), ylim=(-40, 2))
-right.legend(loc="upper right")
+right.legend(bbox_to_anchor=(1, 0.5), loc="center left")
 show(
     fig,
     f"Left, over 60 ms: a mode of S4D is a wave of {float(ring[0]):.0f} Hz that dies away, an EMA only falls. Right, answer against "
@@ -411,9 +413,9 @@ for said, gap, noise in (
 # divides **takes, not people**: the same six speakers are heard in training and in the test, saying the same words.
 # The hard question, a new voice, is not asked. We ask it below.
 #
-# And "measured once, at the end" holds for these runs alone. While the recipe was being found, the test figures of a
-# few earlier tries were seen too, and so the test is not quite as fresh as it sounds. A record cannot tell you that;
-# its authors have to.
+# One more thing. The test of each of these runs was measured once, at the end. But while the recipe was being found,
+# the test figures of a few earlier tries were seen too, and so the test is not quite as fresh as it sounds. A record
+# cannot tell you that; its authors have to.
 #
 # In the next figure look at the left for how soon each model gets going, and at the right for the distance between
 # training and validation: training clips are altered at random (faster, slower, shifted, louder, softer, in noise),
@@ -423,15 +425,22 @@ for said, gap, noise in (
 fig, (left, close) = plt.subplots(1, 2, figsize=(9.4, 3.6))
 half = {}
 for name, r in records.items():
-    rows = [row for row in r.history if row["valid"]]
+    rows, (colour, marker) = [row for row in r.history if row["valid"]], results.STYLE[name]
     left.plot(
-        [row["epoch"] for row in rows], [100 * row["valid"]["accuracy"] for row in rows], markersize=3.5, label=name
+        [row["epoch"] for row in rows],
+        [100 * row["valid"]["accuracy"] for row in rows],
+        color=colour,
+        marker=marker,
+        markersize=3.5,
+        label=name,
     )
     half[name] = next(row["epoch"] for row in rows if row["valid"]["accuracy"] > 0.5)
     final = next(row for row in reversed(r.history) if row["train"] and row["valid"])
     close.plot(
         [100 * (1 - final["train"]["accuracy"])],
         [100 * (1 - final["valid"]["accuracy"])],
+        color=colour,
+        marker=marker,
         linestyle="none",
         markersize=8,
         label=name,
@@ -631,17 +640,16 @@ mel_centres, mel_widths = mel_bank(count, RATE)
 
 fig, (left, right_ax) = plt.subplots(1, 2, figsize=(9.4, 3.8))
 for name, (centre, width) in banks.items():
-    left.plot(np.arange(count), np.sort(centre) / 1000, marker="", linewidth=1.1, label=name)
-    right_ax.plot(centre / 1000, width, linestyle="none", markersize=2.5)
+    colour, marker = results.STYLE[name]
+    left.plot(np.arange(count), np.sort(centre) / 1000, color=colour, marker="", linewidth=1.1, label=name)
+    right_ax.plot(centre / 1000, width, color=colour, marker=marker, linestyle="none", markersize=2.5)
 left.plot(
     np.arange(count), np.sort(fresh[0]) / 1000, color=GREY, linestyle=":", marker="", label="before training (mega)"
 )
-left.plot(
-    np.arange(count), mel_centres / 1000, color="black", linestyle="--", marker="", linewidth=2.2, label="mel bank"
-)
+left.plot(np.arange(count), mel_centres / 1000, color=GREY, linestyle="--", marker="", linewidth=2.6, label="mel bank")
 left.set(xlabel="filter, sorted", ylabel="centre (kHz)")
 left.legend(fontsize=8)
-right_ax.plot(mel_centres / 1000, mel_widths, color="black", linestyle="--", marker="", linewidth=2.2, label="mel bank")
+right_ax.plot(mel_centres / 1000, mel_widths, color=GREY, linestyle="--", marker="", linewidth=2.6, label="mel bank")
 finest = RATE / stages[0][0]
 right_ax.axhline(finest, color=GREY, linestyle=":", label=f"1 / 5 ms = {finest:.0f} Hz")
 right_ax.set(xlabel="centre (kHz)", ylabel="width (Hz)", yscale="log")
@@ -661,6 +669,18 @@ show(
     f"and of the learned ones {100 * min(low.values()):.0f} to {100 * max(low.values()):.0f} %. Right: width against centre; the mel bank "
     f"falls to {mel_widths[0]:.0f} Hz, filters of 5 ms cannot follow it below about {finest:.0f} Hz.",
 )
+band = np.arange(0, RATE // 2 + 1, 500)  # edges; a centre at 4 kHz falls into the last one
+every, bank = (
+    np.histogram(np.clip(c, 0, RATE / 2 - 1), band)[0]
+    for c in (np.concatenate([c for c, _ in banks.values()]), mel_centres)
+)
+print("filters from 0 to 4 kHz, for each 500 Hz: mel bank", *bank, "  learned, all seven together", *every)
+lowest = [int((c < 500).sum()) for c, _ in banks.values()]
+print(f"below 500 Hz: mel bank {bank[0]}, spread evenly {count // 8}, learned {min(lowest)} to {max(lowest)}")
+assert set(every.argsort()[-2:]) == {1, 2} and every[6:].sum() < every[0], (
+    "the text says: from 0.5 to 1.5 kHz, thin above 3"
+)
+assert bank.argmax() == 0 and max(lowest) < 0.7 * bank[0], "the text says: few, where a mel bank is densest"
 print(f"models whose sorted centres lie nearer to the mel curve than to a straight line: {nearer} of {len(NAMES)}")
 print(f"models whose median filter is narrower than before training: {narrower} of {len(NAMES)}")
 print(
@@ -673,9 +693,9 @@ narrow_mel = float((torch.as_tensor(mel_widths) < finest).float().mean())
 print(f"share of the mel bank that is narrower than {finest:.0f} Hz: {100 * narrow_mel:.0f} %")
 
 # %% [markdown]
-# Nobody asked for it, but random filters have become band filters, packed more densely at the bottom of the band, where
-# the voice and the lowest resonances of the mouth lie. A bank made for speech has that shape because the ear has it;
-# here ten digits and the error of a guess drew it.
+# Nobody asked for it, but random filters have become band filters, packed most densely between 0.5 and 1.5 kHz, where
+# the lower resonances of the mouth lie, and thin above 3 kHz. Below 0.5 kHz, where a mel bank is densest, they are few.
+# A bank made for speech thins out upwards because the ear does; here ten digits and the error of a guess drew it.
 #
 # They are not a mel bank, though, and cannot be one. Whoever looks at a signal for $T$ seconds cannot tell frequencies
 # nearer than about $1/T$: that is the dotted line. The learned filters come down to it and stop there, while the mel
@@ -823,7 +843,8 @@ for decibels in levels:
 mean = np.mean(list(shares.values()), axis=0)
 fig, ax = plt.subplots()
 for name in NAMES:
-    ax.plot(levels, shares[name], label=name)
+    colour, marker = results.STYLE[name]
+    ax.plot(levels, shares[name], color=colour, marker=marker, label=name)
 ax.axhline(10, color=GREY, linestyle=":", label="chance")
 ax.axvspan(20, 31, color=GREY, alpha=0.12)
 ax.set(
@@ -847,7 +868,7 @@ print(f"at -10 dB less than half of it: {mean[-1] < mean[0] / 2}")
 # Second, **time**. A recording begins when somebody presses a key; the word is the same whether it comes 5 or 200 ms
 # later. Convolutions, relative biases and the mean at the end do not care for the hour. But three things may:
 # the border of the patches, which falls elsewhere in the word when the shift is no multiple of 10 ms; absolute
-# positions (the Transformer's); and the silence, which takes part in the mean.
+# positions (the Transformer's, and SeqBoat's); and the silence, which takes part in the mean.
 
 # %%
 shifts = (0, 40, 400, 800, 1600)  # samples; 800 is what training did at most
@@ -861,15 +882,19 @@ print(
     bool(abs(mean_kept[:4] - mean_kept[0]).max() <= 5),
 )
 lost = {name: row[0] - row[-1] for name, row in kept.items()}
-print(
-    "lost most at 200 ms:",
-    ", ".join(name for name in NAMES if lost[name] == max(lost.values()) and max(lost.values()) > 0) or "none",
-)
+more = [name for name in NAMES if lost[name] > 1.5 * 100 / len(clips)]
+print("lost more than a clip at 200 ms:", ", ".join(more) or "none")
+waves_of = {n: [p for p in m.modules() if isinstance(p, SinusoidalPositions)] for n, m in heard_by.items()}
+absolute = [name for name in NAMES if waves_of[name]]
+size = float(waves_of["seqboat"][0].scale.detach())
+print(f"add a wave for each absolute place: {', '.join(absolute)} (seqboat's is multiplied by {size:.2f})")
+assert more == ["transformer"] and absolute == ["transformer", "seqboat"] and lost["seqboat"] <= 0, "the text says so"
 
 # %% [markdown]
 # One step of this table is one clip, so read it for what is large. Shifts are among the alterations of the training, up
-# to 100 ms; that, as much as any relative bias, is why little happens there. Beyond, it shows who was told *when* a word
-# comes. Only the Transformer adds a wave for each absolute place, and it has never met a word at such a place.
+# to 100 ms; that, as much as any relative bias, is why little happens there. Beyond, only the Transformer loses more
+# than a clip. It adds a wave for each absolute place, and has never met a word at such a place. That cannot be the
+# whole reason: SeqBoat adds such a wave, too, times a learned number, and loses nothing.
 #
 # ### Every second sample
 #
@@ -1234,8 +1259,10 @@ check_half_rate(resampled_bank)
 # * Patches make the sequence P times shorter and attention P² times cheaper; overlap, a nonlinearity and a second stage
 #   let them say "this sound, whatever its phase". Long kernels read every sample: S4's ring, like the filters of a
 #   bank; an EMA's only smooth.
-# * Learned filters crowd where speech is, as a mel bank does; but who looks for 5 ms cannot tell 100 Hz from 200.
-# * A model stands what it was trained with, and little more: noise, shifts, loudness.
+# * Learned filters crowd where the mouth's lower resonances are, a mel bank still lower; who looks for 5 ms cannot tell
+#   100 Hz from 200.
+# * A model stands what it was trained with, and little more: noise, loudness. Shifts are easier: at twice the trained
+#   shift only the Transformer lost more than a clip.
 # * Know what a step is: a state space is told of a new rate by its step, filters by resampling them.
 # * A record names data, split, seed, time and machine. FSDD's test is other takes of the same six people; they are not
 #   other people.
@@ -1243,4 +1270,4 @@ check_half_rate(resampled_bank)
 # Where the papers say it: Mega (Ma et al., ICLR 2023) on raw Speech Commands; S4 (Gu, Goel and Ré, ICLR 2022) on raw
 # speech and on half the rate.
 #
-# Next, notebook 12: what trained models have learned, and what their quality costs.
+# Next, [chapter 12](12_what_they_learned.ipynb): what trained models have learned, and what their quality costs.

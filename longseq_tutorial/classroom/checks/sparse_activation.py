@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longseq_tutorial.classroom.exercises import Verdict, check
+from longseq_tutorial.classroom.watching import without_a_loop
 from longseq_tutorial.mechanisms.sparse_activation import compress, extract
 
 __all__ = ["check_choice_gradient", "check_compress", "check_extract", "check_gate", "check_remember"]
@@ -103,7 +104,7 @@ def check_extract(candidate: Any) -> Verdict:
     def first_sample(y: Tensor, index: Tensor) -> Tensor:
         return extract(y[:1].expand_as(y), index)
 
-    return check(
+    verdict = check(
         candidate,
         extract,
         name="extract",
@@ -125,6 +126,8 @@ def check_extract(candidate: Any) -> Verdict:
         },
         verified="Sleeping tokens get exactly 0.",
     )
+    cause = "a loop over positions. The ranks are addresses: gather, or index_select, reads all rows at once."
+    return without_a_loop(verdict, "extract", candidate, case(2, 20, 2, 516), case(2, 200, 2, 516), cause)
 
 
 # ---- compress ------------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ def check_compress(candidate: Any) -> Verdict:
         packed, index = compress(x, active)
         return torch.nn.functional.pad(packed, (0, 0, 1, 0)), index
 
-    return check(
+    verdict = check(
         candidate,
         compress,
         name="compress",
@@ -186,6 +189,8 @@ def check_compress(candidate: Any) -> Verdict:
         },
         verified="And extract(compress(x)) = x * active.",
     )
+    cause = "a loop over positions. The ranks are addresses: scatter, or index_copy, writes all rows at once."
+    return without_a_loop(verdict, "compress", candidate, case(2, 20, 2, 520), case(2, 200, 2, 520), cause)
 
 
 # ---- the gradient of the choice --------------------------------------------------------------------------------------
@@ -296,7 +301,7 @@ def check_remember(candidate: Any) -> Verdict:
         moved = torch.cat([keys[:, 1:], (new * active.unsqueeze(1)).unsqueeze(1)], dim=1)
         return moved, (filled + active).clamp(max=keys.shape[1])
 
-    return check(
+    verdict = check(
         candidate,
         _remember,
         name="remember",
@@ -322,4 +327,8 @@ def check_remember(candidate: Any) -> Verdict:
             "nothing is ever forgotten: the memory must keep its size": growing,
         },
         verified="Its size is the same after ten steps and after ten million.",
+    )
+    cause = "a loop over the batch. torch.where(active[:, None, None], moved, keys) decides for all at once."
+    return without_a_loop(
+        verdict, "remember", candidate, case(4, 3, 2, [True] * 4, 560), case(40, 3, 2, [True] * 40, 560), cause
     )

@@ -253,4 +253,4 @@ def test_block_mistakes(wrong, words):
 
 
 def test_a_block_with_a_loop_over_time_is_seen():
-    assert_rejects(check_ema_block, ema_recurrent, "values are right", "512", "loop over time")
+    assert_rejects(check_ema_block, ema_recurrent, "values are right", "loop over time")

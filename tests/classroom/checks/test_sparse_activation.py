@@ -70,8 +70,6 @@ def test_solution_is_accepted_and_stub_seen(check):
 
 
 def test_other_ways_to_the_same_are_accepted():
-    assert_accepts(check_compress, package.compress_slow)
-    assert_accepts(check_extract, package.extract_slow)
     assert_accepts(check_gate, lambda u, t: (u.argmax(-1) == 1, gate(u, t)[1]))
 
     def by_autograd(logits, log_temperature, attended, upstream):
@@ -234,3 +232,14 @@ def in_place(keys, filled, new, active):
 )
 def test_remember_mistakes(wrong, words):
     assert_rejects(check_remember, wrong, *words)
+
+
+def test_a_loop_is_seen():
+    def one_by_one(keys, filled, new, active):
+        samples = zip(keys, filled, new, active, strict=True)
+        found = [remember(*(part[None] for part in sample)) for sample in samples]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    assert_rejects(check_compress, package.compress_slow, "values are right", "loop over positions")
+    assert_rejects(check_extract, package.extract_slow, "values are right", "loop over positions")
+    assert_rejects(check_remember, one_by_one, "values are right", "loop over the batch")
