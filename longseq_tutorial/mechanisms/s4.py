@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import BLOCK, Tables, block_recurrence
-from .devices import at_once, in_pieces
+from .devices import at_once
 from .fft import good_length, working_dtype
 
 __all__ = [
@@ -543,8 +543,6 @@ class _StateSpace(nn.Module):
                 f"mask must be bool (batch, length) = {tuple(u.shape[:2])}, True where the token is real; "
                 f"got {mask.dtype} {tuple(mask.shape)}."
             )
-        if mask is not None and in_pieces(u) and mask.all():
-            mask = None  # a CPU knows the answer: nothing to silence
         heard = u if mask is None else u.masked_fill(~mask.unsqueeze(-1), 0)
         if self.kernel_seen._forward_hooks:
             self.kernel(u.shape[1])  # somebody is recording: show the kernel, which blocks can do without

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..mechanisms.devices import in_pieces
 from .parts import Norm, mean_pool
 
 __all__ = ["Classifier", "Encoder", "Head", "PairClassifier"]
@@ -36,9 +37,11 @@ class Encoder(nn.Module):
         self.final_norm = final_norm
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``x (B, L)`` or ``(B, L, C)`` to hidden states ``(B, L', D)``, zero where padded, and their mask."""
+        """``x (B, L)`` or ``(B, L, C)`` to hidden states ``(B, L', D)``, zero where padded, and their mask, if it hides any."""
         _check_mask(x, mask)
         h, mask = self.embedding(x, mask)
+        if mask is not None and in_pieces(h) and mask.all():
+            mask = None  # it hides nothing, as a CPU can see at once: every part is spared a pass or two
         h = self.dropout(h)
         h = _silence(h, mask)
         for layer in self.layers:
