@@ -23,6 +23,7 @@ from .devices import at_once, in_pieces, uncompiled
 __all__ = [
     "FUNCTIONS",
     "GatedAttention",
+    "GatedUnit",
     "RelativeBias",
     "RotaryBias",
     "attend",
@@ -556,7 +557,53 @@ class RotaryBias(nn.Module):
 # ---- the unit ----------------------------------------------------------------------------------------------------
 
 
-class GatedAttention(nn.Module):
+class GatedUnit(nn.Module):
+    """The gates of Mega's unit around any attention: :class:`GatedAttention`, and LongVQ's layer. With s the smoothed
+    input and O what attention found::
+
+        H = silu(s W_h + (O * silu(s W_r)) U_h)             candidate: the reset gate picks from what attention found
+        Y = u * H + (1 - u) * residual,   u = sigmoid(s W_u)    update gate: how much of it to take
+
+    A subclass makes the parts.
+    """
+
+    widths: list[int]  # of the update gate, the shared z, the reset gate and the candidate: D, z, v, D
+    mx_proj: nn.Linear  # all four of them, (B, L, D) -> (B, L, D + z + v + D)
+    h_proj: nn.Linear  # U_h
+    dropout: nn.Dropout  # on the candidate
+    update_gate: nn.Identity  # windows for `record`
+    reset_gate: nn.Identity
+
+    def _projections(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of the update gate, of the shared z, of the reset gate and of the candidate.
+
+        A product for each: one for all, cut apart, would have to be pieced together again in the backward pass.
+        """
+        return list(zip(self.mx_proj.weight.split(self.widths), self.mx_proj.bias.split(self.widths), strict=True))
+
+    def _gates(self, smooth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        update, _, reset, candidate = self._projections()
+        u, r, c = (F.linear(smooth, *projection) for projection in (update, reset, candidate))
+        return self.update_gate(torch.sigmoid(u)), self.reset_gate(F.silu(r)), c
+
+    def _gated(self, smooth: Tensor, residual: Tensor, found: Tensor) -> Tensor:
+        """What is made of that which attention found: ``(B, L, D)``."""
+        plain = self.h_proj._forward_hooks or self.h_proj._forward_pre_hooks  # who hooks into h_proj wants it called
+        if plain or not _exact(smooth, residual, found, self.h_proj.bias):
+            u, r, c = self._gates(smooth)
+            h = self.dropout(F.silu(c + self.h_proj(found * r)))
+            return residual + u * (h - residual)
+        if self.update_gate._forward_hooks or self.reset_gate._forward_hooks:  # somebody is recording
+            with torch.no_grad():
+                self._gates(smooth)
+        keep = self.dropout(torch.ones_like(residual)) if self.training and self.dropout.p > 0 else None
+        inputs = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (smooth, residual, found, keep))
+        update, _, reset, candidate = self._projections()
+        parameters = *update, *reset, *candidate, self.h_proj.weight, self.h_proj.bias
+        return _Gates.apply(*inputs, *parameters).view(residual.shape)
+
+
+class GatedAttention(GatedUnit):
     """The gated attention unit of Mega. With x the input and s a smoothed copy of it (Mega: its EMA)::
 
         Z = silu(s W_z)      Q = Z * kappa_q + mu_q      K = Z * kappa_k + mu_k      V = silu(x W_v)
@@ -602,9 +649,10 @@ class GatedAttention(nn.Module):
         if bias not in ("simple", "rotary"):
             raise ValueError(f"bias must be 'simple' or 'rotary'; got {bias!r}.")
         self.dim, self.z_dim, self.v_dim = dim, z_dim, v_dim
+        self.widths = [dim, z_dim, v_dim, dim]
         self.function, self.causal, self.chunk, self.attend = function, causal, chunk, attend
         self.v_proj = nn.Linear(dim, v_dim)
-        self.mx_proj = nn.Linear(dim, dim + z_dim + v_dim + dim)  # update gate, shared z, reset gate, candidate
+        self.mx_proj = nn.Linear(dim, sum(self.widths))
         self.h_proj = nn.Linear(v_dim, dim)
         self.kappa = nn.Parameter(torch.empty(2, z_dim))  # row 0 makes the query from Z, row 1 the key
         self.mu = nn.Parameter(torch.zeros(2, z_dim))
@@ -680,39 +728,10 @@ class GatedAttention(nn.Module):
         y = self._gated(smooth_t.unsqueeze(1), residual_t.unsqueeze(1), found)
         return y.squeeze(1), {"k": keys, "v": values}
 
-    def _projections(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of the update gate, of the shared z, of the reset gate and of the candidate.
-
-        A product for each: one for all, cut apart, would have to be pieced together again in the backward pass.
-        """
-        widths = [self.dim, self.z_dim, self.v_dim, self.dim]
-        return list(zip(self.mx_proj.weight.split(widths), self.mx_proj.bias.split(widths), strict=True))
-
     def _queries_and_keys(self, smooth: Tensor) -> tuple[Tensor, Tensor]:
         shared = F.silu(F.linear(smooth, *self._projections()[1]))  # (B, L, z)
         q, k = (shared * self.kappa[i] + self.mu[i] for i in (0, 1))
         return q, k
-
-    def _gates(self, smooth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        update, _, reset, candidate = self._projections()
-        u, r, c = (F.linear(smooth, *projection) for projection in (update, reset, candidate))
-        return self.update_gate(torch.sigmoid(u)), self.reset_gate(F.silu(r)), c
-
-    def _gated(self, smooth: Tensor, residual: Tensor, found: Tensor) -> Tensor:
-        """What is made of that which attention found: ``(B, L, D)``."""
-        plain = self.h_proj._forward_hooks or self.h_proj._forward_pre_hooks  # who hooks into h_proj wants it called
-        if plain or not _exact(smooth, residual, found, self.mu):
-            u, r, c = self._gates(smooth)
-            h = self.dropout(F.silu(c + self.h_proj(found * r)))
-            return residual + u * (h - residual)
-        if self.update_gate._forward_hooks or self.reset_gate._forward_hooks:  # somebody is recording
-            with torch.no_grad():
-                self._gates(smooth)
-        keep = self.dropout(torch.ones_like(residual)) if self.training and self.dropout.p > 0 else None
-        inputs = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (smooth, residual, found, keep))
-        update, _, reset, candidate = self._projections()
-        parameters = *update, *reset, *candidate, self.h_proj.weight, self.h_proj.bias
-        return _Gates.apply(*inputs, *parameters).view(residual.shape)
 
     def extra_repr(self) -> str:
         return f"function={self.function!r}, causal={self.causal}, chunk={self.chunk}"

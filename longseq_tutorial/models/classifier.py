@@ -37,7 +37,7 @@ class Encoder(nn.Module):
         self.final_norm = final_norm
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``x (B, L)`` or ``(B, L, C)`` to hidden states ``(B, L', D)``, zero where padded, and their mask, if it hides any."""
+        """``x (B, L)`` or ``(B, L, C)`` to hidden states ``(B, L', D)``, zero where padded, and their mask (if any)."""
         _check_mask(x, mask)
         h, mask = self.embedding(x, mask)
         if mask is not None and in_pieces(h) and mask.all():

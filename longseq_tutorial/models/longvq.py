@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..mechanisms.ema import DampedEMA
+from ..mechanisms.gated_attention import GatedUnit
 from ..mechanisms.s4 import S4D
 from ..mechanisms.vq_attention import VQAttention
 from .configs import LongVQConfig
@@ -30,7 +31,7 @@ __all__ = ["LongVQBlock", "LongVQLayer"]
 EPS = 1e-6  # Transformer-VQ's
 
 
-class LongVQLayer(nn.Module):
+class LongVQLayer(GatedUnit):
     """Memory, then gated attention over quantised keys: ``(B, L, D) -> (B, L, D)``. With x the normed input::
 
         s = silu(memory(x))        Z = silu(s W_z)       q, k = rms(Z * kappa + mu) / z**(1/4)       V = silu(x W_v)
@@ -72,11 +73,11 @@ class LongVQLayer(nn.Module):
         """``(B, L, D)``, mask bool ``(B, L)``; returns ``(B, L, D)``."""
         normed = self.norm(x, mask) if self.prenorm else x
         smooth = self.dropout(F.silu(self.memory(normed, mask)))
-        update, q, k, reset, candidate = self._split(smooth)
+        q, k = self._queries_and_keys(smooth)
         v = self.hidden_dropout(F.silu(self.v_proj(normed)))
         found, loss = self.attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), mask)  # one head
         self.auxiliary = self.commitment * loss if self.training else None
-        y = self._mix(x, update, reset, candidate, found.squeeze(1))
+        y = self._gated(smooth, x, found.squeeze(1))
         return y if self.prenorm else self.norm(y, mask)
 
     def initial_state(self, batch: int) -> dict[str, Any]:
@@ -88,22 +89,17 @@ class LongVQLayer(nn.Module):
         normed = self.norm(x_t) if self.prenorm else x_t
         smooth, memory = self.memory.step(normed, state["memory"])
         smooth = self.dropout(F.silu(smooth))
-        update, q, k, reset, candidate = self._split(smooth)
+        q, k = self._queries_and_keys(smooth)
         v = self.hidden_dropout(F.silu(self.v_proj(normed)))
         found, cache = self.attention.step(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), state["attention"])
-        y = self._mix(x_t, update, reset, candidate, found.squeeze(1))
+        y = self._gated(smooth, x_t, found.squeeze(1))
         return (y if self.prenorm else self.norm(y)), {"memory": memory, "attention": cache}
 
-    def _split(self, smooth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        u, z, r, candidate = self.mx_proj(smooth).split(self.widths, dim=-1)
-        shared = F.silu(z)
+    def _queries_and_keys(self, smooth: Tensor) -> tuple[Tensor, Tensor]:
+        shared = F.silu(F.linear(smooth, *self._projections()[1]))
         # Keys of one length keep codebook and commitment loss bounded (Transformer-VQ).
         q, k = (_rms(shared * self.kappa[i] + self.mu[i]) * self.widths[1] ** -0.25 for i in (0, 1))
-        return self.update_gate(torch.sigmoid(u)), q, k, self.reset_gate(F.silu(r)), candidate
-
-    def _mix(self, residual: Tensor, update: Tensor, reset: Tensor, candidate: Tensor, found: Tensor) -> Tensor:
-        h = self.dropout(F.silu(candidate + self.h_proj(found * reset)))
-        return residual + update * (h - residual)
+        return q, k
 
 
 class LongVQBlock(nn.Module):

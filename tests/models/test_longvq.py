@@ -54,7 +54,7 @@ def test_the_codebook_follows_the_keys_in_training_and_rests_in_eval():
 def test_keys_have_one_length_whatever_the_scale():
     layer = LongVQLayer(LongVQConfig(dim=8, z_dim=16, v_dim=8, codes=4, window=2)).double()
     for scale in (1.0, 10.0, 100.0):
-        _, q, k, _, _ = layer._split(scale * torch.randn(2, 9, 8, dtype=torch.float64))
+        q, k = layer._queries_and_keys(scale * torch.randn(2, 9, 8, dtype=torch.float64))
         for vectors in (q, k):
             torch.testing.assert_close(
                 vectors.norm(dim=-1), torch.full((2, 9), 2.0, dtype=torch.float64), rtol=1e-2, atol=0
