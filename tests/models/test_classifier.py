@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longseq_tutorial.models import build, record
+from longseq_tutorial.models import NAMES, build, record
 from longseq_tutorial.models.parts import mean_pool
 from tests.models.any_task import SAMPLES, SMALL, TOKENS, AnyTask, inputs, randomised
 
@@ -24,6 +24,17 @@ def test_logits_are_the_head_of_the_mean_of_the_real_positions():
         logits = model(x, mask)
     torch.testing.assert_close(tape["pooled"], mean_pool(hidden, mask))
     torch.testing.assert_close(logits, model.head(tape["pooled"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_that_hides_nothing_is_spared(name):
+    model = randomised(build(name, TOKENS, **SMALL[name])).eval()
+    x, everything = inputs(TOKENS), torch.ones(3, 13, dtype=torch.bool)
+    given = []
+    model.encoder.layers[0].register_forward_pre_hook(lambda _, arguments: given.append(arguments[1]))
+    assert torch.equal(model(x, everything), model(x)) and given == [None, None]
+    model(x, everything.clone().index_fill(1, torch.tensor([12]), False))
+    assert given[2] is not None
 
 
 def test_two_towers_join_the_second_then_the_first():
