@@ -174,7 +174,8 @@ def _read_files(folder: Path, length: int, undo: bool) -> Papers:
 def _parse_row(line: bytes, where: str, undo: bool) -> tuple[int, bytes, bytes]:
     """Label and both texts of a row. Quotes are ordinary characters."""
     columns = line.rstrip(b"\r\n").split(b"\t")
-    if len(columns) != 5 or not line.endswith(b"\n"):
+    whole = line.endswith(b"\n") or re.fullmatch(rb"b(['\"]).*\1", columns[-1])  # a last row may lack its end of line
+    if len(columns) != 5 or not whole:
         got = f"{len(columns)} columns" if len(columns) != 5 else "no end of line: the file is cut off"
         raise DataError(f"{where}: wanted label, two identifiers and two texts; got {got}.")
     if columns[0] not in (b"0.0", b"1.0", b"0", b"1"):

@@ -175,6 +175,7 @@ FAULTS = {
     "label": (ROWS + "2.0\tA\tB\tb'x'\tb'y'\n", "row 3: the label must be 0.0 or 1.0; got '2.0'"),
     "header": ("label\tid1\tid2\ttext1\ttext2\n" + ROWS, "row 1: the label must be"),
     "cut": (ROWS[:-3], "row 2: .*no end of line"),
+    "cut in plain text": (ROWS + "1.0\tA\tB\tsome text\tand mor", "row 3: .*no end of line"),
     "empty text": (ROWS + "1.0\tA\tB\t\tb'y'\n", "row 3: a text is empty"),
     "foreign": ("\x89PNG\r\n\x1a\n", "row 1: wanted label"),
 }
@@ -188,6 +189,16 @@ def test_broken_files_name_the_row(tmp_path, fault):
     with pytest.raises(DataError, match=says) as caught:
         tasks.load("retrieval", root=tmp_path / "r", source="aan", verify=False)
     assert "new_aan_pairs.train.tsv" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_last_row_may_lack_its_end_of_line(tmp_path):
+    official(tmp_path / "r", ROWS)
+    whole = tasks.load("retrieval", root=tmp_path / "r", source="aan", verify=False)
+    official(tmp_path / "s", ROWS.rstrip("\n"))
+    last = tasks.load("retrieval", root=tmp_path / "s", source="aan", verify=False)
+    assert len(whole.train) == len(last.train) == 2
+    for one, other in zip(whole.train[1][0], last.train[1][0], strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("text", ["plain words", "b'open", "[1, 2]", "__import__('os')", "'no bytes'"])
