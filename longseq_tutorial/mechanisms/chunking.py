@@ -44,6 +44,7 @@ Cache = tuple[Tensor, Tensor]  # the keys (..., seen, z) and values (..., seen, 
 GROUP = 2**20
 TILE = 2**18  # the same in `_Windows`, which passes over them more often: 1 MiB, half of a common second-level cache
 ROWS = 32  # queries a block has there at most: the fewer, the fewer hidden keys among those around it
+ENOUGH = 2**15  # and scores of a sequence there at least: it goes through them one sequence at a time
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -402,10 +403,12 @@ def _look_at_each(look: Callable[..., Tensor], queries: Sequence[Tensor], *parts
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
-    """Whether `_Windows` is for it: a bias that learns, which torch's CPU kernel refuses, and no rounding."""
+    """Whether `_Windows` is for it: a bias that learns, which torch's CPU kernel refuses, no rounding, and sequences so
+    long that one of them is worth a turn of its loop."""
     exact = {x.dtype for x in (q, k, v, bias)} in ({torch.float32}, {torch.float64})
     learns = bias.requires_grad and torch.is_grad_enabled()
-    return learns and exact and in_pieces(q) and not torch.is_autocast_enabled("cpu")
+    enough = q.shape[-2] * bias.shape[-1] >= ENOUGH
+    return enough and learns and exact and in_pieces(q) and not torch.is_autocast_enabled("cpu")
 
 
 def _window_by_tiles(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, real: Tensor, causal: bool) -> Tensor:

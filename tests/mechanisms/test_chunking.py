@@ -31,6 +31,12 @@ def qkv(length, lead=(2,), seed=0):
     return [torch.randn(*lead, length, w, dtype=torch.float64, generator=g) for w in (4, 4, 3)]
 
 
+@pytest.fixture(autouse=True, params=[0, 2**30], ids=["written-out", "torch"])
+def window_form(request, monkeypatch):
+    """Every test sees both forms of a window whose bias learns: on a CPU the length decides."""
+    monkeypatch.setattr(chunking, "ENOUGH", request.param)
+
+
 class Largest(TorchDispatchMode):
     """Counts the numbers in the largest tensor that any operation returns."""
 
@@ -541,6 +547,7 @@ def test_groups_of_blocks_change_nothing_in_values_or_gradients(monkeypatch, fun
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_bias_that_learns_takes_the_written_out_form_and_no_other(monkeypatch, masked):
     """It pays where it is allowed to, and equals the form for every device, in values and gradients."""
+    monkeypatch.setattr(chunking, "ENOUGH", 200 * 141)
     calls = []
     by_tiles = chunking._window_by_tiles
     monkeypatch.setattr(chunking, "_window_by_tiles", lambda *args: calls.append(args) or by_tiles(*args))
@@ -562,6 +569,7 @@ def test_a_bias_that_learns_takes_the_written_out_form_and_no_other(monkeypatch,
     with torch.autocast("cpu", dtype=torch.bfloat16):
         window_attention(q.float(), k.float(), v.float(), 70, bias=bias.float(), mask=mask)
     window_attention(q, k, v, 70, bias=bias, mask=mask, attend=attend)
+    window_attention(*(t[..., :199, :] for t in (q, k, v)), 70, bias=bias)  # too short
     assert len(calls) == 1
 
 
