@@ -683,7 +683,7 @@ show(
     + ", ".join(f"{100 * p:.0f} % in layer {number}" for number, p in enumerate(purest, start=1))
     + ".",
 )
-assert 0.65 < max(purest) < 0.74, "the text says: the purest to seven tenths"
+assert 0.5 < max(purest) < 0.62, "the text says: the purest to little more than half"
 layer = layers[0]
 print("layer 1, the commonest codes, with the contexts in which they stand most often:")
 for code in torch.bincount(layer[few.mask]).topk(8).indices.tolist():
@@ -703,8 +703,8 @@ for code in torch.bincount(layer[few.mask]).topk(8).indices.tolist():
         )
 
 # %% [markdown]
-# None of these codes belongs to one token (the purest to seven tenths), and no context stands out: most codes are a mixture
-# that we have no word for. But there are exceptions, and we know from the maps where to look for them. Which codes do the
+# None of these codes belongs to one token (the purest to little more than half), and no context stands out: most codes are
+# a mixture that we have no word for. But there are exceptions, and we know from the maps where to look for them. Which codes do the
 # *first tokens* of the expressions get, and which of those codes hardly any other token?
 
 # %%
@@ -920,7 +920,7 @@ assert 5 <= changed["listops", "seqboat", "attention off"] <= 11, "the text says
 gated = ("mega", "mega-chunk", "seqboat", "longvq")
 assert min(falls["speech", name, "memory off"][0] for name in gated) > 50
 assert max(falls["speech", name, "attention off"][0] for name in gated) < 45
-assert max(abs(falls["speech", name, "attention off"][0]) for name in ("mega-chunk", "longvq")) < 6
+assert abs(falls["speech", "mega-chunk", "attention off"][0]) < 6 < falls["speech", "longvq", "attention off"][0] < 25
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10.4, 3.8))
@@ -949,8 +949,8 @@ show(
 # Three observations, each of which no map could have given.
 #
 # **On speech the EMA carries the models.** Without its memory Mega, Mega-chunk, SeqBoat and LongVQ are lost; without attention
-# most clips are still heard right. In Mega-chunk and LongVQ the loss of attention changes next to nothing, though
-# Mega-chunk's has as sharp a preference for distances as any, and LongVQ's codes knew so much about the word.
+# most clips are still heard right. In Mega-chunk the loss of attention changes next to nothing, though it has as sharp a
+# preference for distances as any; LongVQ, whose codes knew so much about the word, misses a few clips of twenty.
 #
 # **On ListOps SeqBoat gains nothing by its attention.** We have just looked at who wakes there, and found patterns: one
 # operator, favourite digits. Switched off, about one answer in ten changes, as often for the better as for the worse: the
