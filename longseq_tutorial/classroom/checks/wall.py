@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from longseq_tutorial.classroom.exercises import Verdict, check
 from longseq_tutorial.classroom.measure import growth_exponent
+from longseq_tutorial.classroom.watching import Watched
 from longseq_tutorial.mechanisms.chunking import chunk_attention
 from longseq_tutorial.mechanisms.gated_attention import attend
 
@@ -111,22 +111,15 @@ def check_longest_length(candidate: Any) -> Verdict:
 # -------------------------------------------------------------------- exercise 3: exact attention without L x L
 
 
-class _Largest(TorchDispatchMode):
-    """Watches every operation: the largest tensor made, and the most queries handed to a fused call."""
+class _Fused(Watched):
+    """Also remembers the most queries handed to a fused call, which hides its scores."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-        self.fused_queries = 0
+    queries = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         if "scaled_dot_product" in str(func):
-            self.fused_queries = max(self.fused_queries, args[0].shape[-2])
-        for part in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(part, Tensor):
-                self.numbers = max(self.numbers, part.numel())
-        return result
+            self.queries = max(self.queries, args[0].shape[-2])
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def check_attend_in_blocks(candidate: Any) -> Verdict:
@@ -152,19 +145,19 @@ def _without_the_matrix(candidate: Callable[..., Tensor], verdict: Verdict) -> V
     """Run a right candidate once more, at a length where an L x L tensor stands out, and look for one."""
     length, block = 257, 8
     q, k, v = _qkv(1, length, 4, 4)
-    with torch.no_grad(), _Largest() as seen:
+    with torch.no_grad(), _Fused() as seen:
         candidate(q[0], k[0], v[0], block)
-    if seen.fused_queries > block:
+    if seen.queries > block:
         return Verdict(
             "wrong",
-            f"✗ attend_in_blocks: the values are right, but all {seen.fused_queries} queries went to the fused call at "
+            f"✗ attend_in_blocks: the values are right, but all {seen.queries} queries went to the fused call at "
             f"once\n  likely cause: block is not used. Write the loop over blocks of {block} queries yourself.",
         )
-    if seen.numbers >= length * length:
+    if seen.largest >= length * length:
         return Verdict(
             "wrong",
             f"✗ attend_in_blocks: the values are right, but for length {length} and block {block} it made a tensor of "
-            f"{seen.numbers:,} numbers, as large as length x length = {length * length:,}\n  likely cause: the full "
+            f"{seen.largest:,} numbers, as large as length x length = {length * length:,}\n  likely cause: the full "
             "score matrix (or a mask, or a buffer of its size) is still built. Take a block of queries first, and "
             "compute the scores of that block only.",
         )
